@@ -1,0 +1,92 @@
+"""What a seed means: the uniform noise of a picture, the same numbers on every target and in every language.
+
+Noise is an input of the advance graph, so a seed is part of the bundle's format. The generator is counter based
+(Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): value ``i`` of scale ``s``
+depends on (seed, s, i) alone, whatever the batch, the order of scales or the number of threads.
+
+    key     = (seed mod 2^32, seed div 2^32)
+    counter = (block, scale, 0, 0), block = i div 4; output word i mod 4
+    u       = ((word >> 9) + 0.5) * 2^-23          exact in float32, 2^-24 <= u <= 1 - 2^-24
+
+Nine bits are dropped, not eight: with 24 bits kept, ``2^24 - 0.5`` is no float32 and rounds to u = 1, whose Gumbel
+noise is infinite; that would strike one 256 x 256 picture of VAR (680 tokens, 4096 logits) in six.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from toprovar.errors import InputError
+
+__all__ = ["philox4x32", "scale_noise", "uniform"]
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+_CHUNK_BLOCKS = 1 << 14  # 4 words of 8 bytes each: the working set stays in the second-level cache
+_DROPPED_BITS = np.uint32(9)
+
+
+def philox4x32(counter: tuple[npt.ArrayLike, ...], key: tuple[int, int]) -> tuple[npt.NDArray[np.uint64], ...]:
+    """Ten rounds of Philox4x32.
+
+    Args:
+        counter: four words below 2^32, scalars or arrays that broadcast to one shape.
+        key: two words below 2^32.
+
+    Returns:
+        Four arrays of that shape: uint64 that hold words below 2^32.
+    """
+    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0 = c0 * _MULTIPLIERS[0]
+        product1 = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product1 >> _HALF) ^ c1 ^ np.uint64(k0),
+            product1 & _LOW,
+            (product0 >> _HALF) ^ c3 ^ np.uint64(k1),
+            product0 & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int, scale: int, count: int) -> npt.NDArray[np.float32]:
+    """The first ``count`` values of one scale of one picture: float32 in the open interval (0, 1).
+
+    Args:
+        seed: of the picture, 0 <= seed < 2^64.
+        scale: index s of the scale, 0 <= s < 2^32.
+        count: how many values, 0 <= count <= 2^34.
+
+    Raises:
+        InputError: an argument is out of its range.
+    """
+    for name, value, limit in (("seed", seed, 1 << 64), ("scale", scale, 1 << 32), ("count", count, (1 << 34) + 1)):
+        if not 0 <= value < limit:
+            raise InputError(f"noise: {name} is {value}; valid is 0 to {limit - 1}")
+    key = (seed & 0xFFFFFFFF, seed >> 32)
+    blocks = -(-count // 4)
+    values = np.empty((blocks, 4), dtype=np.float32)
+    for start in range(0, blocks, _CHUNK_BLOCKS):
+        index = np.arange(start, min(start + _CHUNK_BLOCKS, blocks), dtype=np.uint64)
+        for column, word in enumerate(philox4x32((index, scale, 0, 0), key)):
+            values[start : start + len(index), column] = word.astype(np.uint32) >> _DROPPED_BITS
+    values += np.float32(0.5)
+    values *= np.float32(2.0**-23)
+    return values.reshape(-1)[:count]
+
+
+def scale_noise(seeds: tuple[int, ...] | list[int], scale: int, tokens: int, logits: int) -> npt.NDArray[np.float32]:
+    """Noise of one scale of a batch, ``[N, B, V]``: picture b is ``uniform(seeds[b], scale, N * V)``, row-major [N, V].
+
+    A picture is the same whatever batch it is computed in.
+    """
+    noise = np.empty((tokens, len(seeds), logits), dtype=np.float32)
+    for image, seed in enumerate(seeds):
+        noise[:, image] = uniform(seed, scale, tokens * logits).reshape(tokens, logits)
+    return noise
