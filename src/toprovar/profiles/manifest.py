@@ -15,6 +15,20 @@ The runtime loop is dumb on purpose. For every scale it resolves each graph inpu
 2. a tensor of ``constants.safetensors`` named by ``ScaleStep.constants[input]``,
 3. one of the names in `LoopNames`, which the loop owns (tokens, caches, noise, codes).
 
+What the loop relies on:
+
+- ``prefix`` takes `LoopNames.LABELS` (or the text inputs) and gives ``x`` of scale 0; its other outputs are context. Of
+  the symbolic dimensions of its outputs the loop knows B, R, N (of scale 0), T (text length).
+- ``span_cache_i`` has M rows: the tokens of the step that captures; M = 1 where a schedule captures nothing. Before
+  and at the capture it holds zeros (every token is kept there, so nothing is restored from it).
+- A graph has one set of inputs: at the `last` step the constants of ``next_x`` describe a 1 x 1 grid (N' = 1), and
+  the loop throws the result away.
+- `ScaleStep.constants` is for inputs of ``step`` and of ``advance`` alike; their names do not clash.
+
+``golden.safetensors`` holds for every prompt class ``c``, with B images each: ``c/labels`` [B] int32 (text: ``c/text_features``
+[B, T, text_width], ``c/text_lengths`` [B] int32), ``c/seeds`` [B] int64, ``c/tokens_{s}`` for every scale s that runs,
+``c/codes`` and ``c/image`` [B, 3, height, width] fp32.
+
 Names in a manifest never leave the bundle's folder; every file is hashed.
 """
 
@@ -67,6 +81,9 @@ class LoopNames(str, Enum):
     ``{i}`` is a layer for the cache and a span (a run of detail layers) for the restore cache.
     """
 
+    LABELS = "labels"  # [B] int32 class labels, input of prefix
+    TEXT_FEATURES = "text_features"  # [B, T, text_width], input of prefix
+    TEXT_LENGTHS = "text_lengths"  # [B] int32, how many of the T features are the prompt's
     X = "x"  # [N, R, C] step input; output of prefix (scale 0) and of advance as `next_x`
     NEXT_X = "next_x"  # [N', R, C]
     LOGITS = "logits"  # [N, R, V]
