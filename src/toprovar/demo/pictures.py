@@ -1,0 +1,240 @@
+"""The pictures the demo checkpoint learns: twelve named classes in three prompt classes, drawn from a seed.
+
+    plain    gradient, horizon, glow, dunes        large smooth areas, little for late scales to add
+    object   disc, square, triangle, star          one bold thing on a quiet ground
+    texture  stripes, checker, dots, bricks        detail everywhere
+
+A picture is a function of (label, seed, size): its parameters are drawn on the CPU by numpy, its pixels are computed
+by torch on any device, in batches. Seeds below `HELD_OUT` are for training, seeds from there on for judging.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from toprovar.demo import draw
+from toprovar.demo.labels import CLASSES, PROMPT_CLASS
+from toprovar.demo.draw import cover, flat, mix, over
+
+__all__ = ["CLASSES", "HELD_OUT", "PROMPT_CLASS", "render"]
+
+HELD_OUT = 1 << 40
+"""First seed that no training run has seen."""
+
+
+class _Numbers:
+    """The random numbers of a batch, taken one column at a time; the order of taking is part of a class's look."""
+
+    def __init__(self, table: Tensor) -> None:
+        self.table, self.next = table, 0
+
+    def __call__(self, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """Return `[n]` uniform in [low, high)."""
+        self.next += 1
+        return mix(low, high, self.table[:, self.next - 1])
+
+    def choice(self, values: Sequence[float]) -> Tensor:
+        """Return `[n]`, each one of the values."""
+        return torch.tensor(values, device=self.table.device)[(self() * len(values)).long()]
+
+
+def _hue(u: _Numbers) -> tuple[Tensor, Tensor]:
+    """Return a hue and a companion (analogous, split-complementary or complementary), in turns."""
+    base = u()
+    return base, base + u.choice((0.10, -0.10, 0.36, -0.36, 0.5)) + u(-0.03, 0.03)
+
+
+def _quiet_ground(u: _Numbers, hue: Tensor, x: Tensor, y: Tensor, light: Tensor) -> Tensor:
+    """Return `[n, 3, h, w]`: a soft slope of one hue between two near lightnesses, across a random direction."""
+    angle = u(0.0, 2 * math.pi)
+    slope, _ = draw.place(x, y, torch.zeros_like(angle), torch.zeros_like(angle), angle)
+    slope = (0.5 + slope * 0.35).clamp(0, 1)
+    chroma = u(0.03, 0.08)
+    near, far = draw.oklch(light, chroma, hue), draw.oklch(light - u(0.07, 0.14), chroma * 1.2, hue + u(-0.04, 0.04))
+    return flat(near) + (flat(far) - flat(near)) * slope.unsqueeze(1)
+
+
+def _gradient(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    hue, other = _hue(u)
+    angle = math.pi / 2 + u(-0.45, 0.45)
+    slope, _ = draw.place(x, y, torch.zeros_like(angle), torch.zeros_like(angle), angle)
+    t = (0.5 + slope * u(0.38, 0.5).view(-1, 1, 1)).clamp(0, 1)
+    middle = u(0.35, 0.65).view(-1, 1, 1)
+    top = draw.oklch(u(0.38, 0.55), u(0.08, 0.14), hue)
+    centre = draw.oklch(u(0.66, 0.76), u(0.08, 0.13), hue + (other - hue) * 0.5)
+    bottom = draw.oklch(u(0.86, 0.94), u(0.04, 0.09), other)
+    first, second = (t / middle).clamp(0, 1), ((t - middle) / (1 - middle)).clamp(0, 1)
+    first, second = first * first * (3 - 2 * first), second * second * (3 - 2 * second)
+    return over(over(flat(top).expand(-1, -1, size, size), flat(centre), first), flat(bottom), second)
+
+
+def _horizon(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    hue, other = _hue(u)
+    down = draw.place(x, y, torch.zeros_like(hue), u(-0.35, 0.45), u(-0.16, 0.16))[1]
+    haze = torch.exp(-down.abs() * u(1.2, 2.6).view(-1, 1, 1))
+    light = u(0.74, 0.84)
+    sky = flat(draw.oklch(light, u(0.05, 0.11), hue)) + haze.unsqueeze(1) * u(0.06, 0.16).view(-1, 1, 1, 1)
+    land = draw.oklch(u(0.30, 0.46), u(0.05, 0.12), other)
+    land = flat(land) + haze.unsqueeze(1) * u(0.05, 0.14).view(-1, 1, 1, 1)
+    return over(sky, land, cover(-down, size)).clamp(0, 1)
+
+
+def _glow(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    hue, other = _hue(u)
+    ground = _quiet_ground(u, hue, x, y, u(0.26, 0.40))
+    px, py = draw.place(x, y, u(-0.45, 0.45), u(-0.45, 0.45), u(0.0, math.pi))
+    reach, stretch = u(0.22, 0.42).view(-1, 1, 1), u(1.0, 1.35).view(-1, 1, 1)
+    distance = torch.sqrt((px / stretch) ** 2 + (py * stretch) ** 2) / reach
+    halo, core = torch.exp(-0.5 * distance**2), torch.exp(-2.2 * distance**2)
+    picture = over(ground, flat(draw.oklch(u(0.62, 0.72), u(0.11, 0.17), other)), halo)
+    return over(picture, flat(draw.oklch(u(0.90, 0.96), u(0.03, 0.07), other + 0.03)), core)
+
+
+def _dunes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    hue, other = _hue(u)
+    light = u(0.84, 0.92)
+    picture = flat(draw.oklch(light, u(0.03, 0.06), other)) - (0.07 * (y + 1)).unsqueeze(1).expand(-1, -1, size, size)
+    chroma, turn, drop = u(0.07, 0.13), u(-0.10, 0.10), u(0.105, 0.135)
+    tilt = u(-0.15, 0.15).view(-1, 1, 1)
+    for layer in range(4):
+        height = -0.42 + 0.40 * layer + u(-0.06, 0.06)
+        wave = u(0.10, 0.17).view(-1, 1, 1) * torch.sin(x * u(1.5, 3.0).view(-1, 1, 1) + u(0.0, 6.28).view(-1, 1, 1))
+        wave = wave + u(0.02, 0.05).view(-1, 1, 1) * torch.sin(x * u(3.5, 6.0).view(-1, 1, 1) + u(0.0, 6.28).view(-1, 1, 1))
+        down = y - height.view(-1, 1, 1) - wave - tilt * x
+        colour = draw.oklch(light - 0.10 - drop * (layer + 1), chroma, hue + turn * layer * 0.5)
+        shade = 0.10 * torch.exp(-down.clamp(min=0) * 4.0)  # light that catches the crest
+        picture = over(picture, flat(colour) + shade.unsqueeze(1), cover(-down, size))
+    return picture.clamp(0, 1)
+
+
+def _object(shape: Callable[[Tensor, Tensor, Tensor], Tensor], turn: float) -> Callable[..., Tensor]:
+    """Return the renderer of one bold shape with a soft shadow and a slope of light on it."""
+
+    def paint(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+        hue, other = _hue(u)
+        dark = u() < 0.4
+        picture = _quiet_ground(u, hue, x, y, torch.where(dark, u(0.36, 0.46), u(0.84, 0.93)))
+        radius = u(0.30, 0.56)
+        reach = (0.90 - 1.12 * radius).clamp(min=0.0)
+        cx, cy, angle = u(-1.0, 1.0) * reach, u(-1.0, 1.0) * reach, u(-turn, turn)
+        drop = 0.10 * radius
+        sx, sy = draw.place(x, y, cx + drop, cy + 1.4 * drop, angle)
+        shadow = cover(shape(sx, sy, radius), size, blur=0.22)
+        picture = picture * (1 - 0.42 * shadow.unsqueeze(1))
+        px, py = draw.place(x, y, cx, cy, angle)
+        distance = shape(px, py, radius)
+        light = torch.where(dark, u(0.72, 0.82), u(0.50, 0.64))
+        body = flat(draw.oklch(light, u(0.12, 0.19), other))
+        lit = ((cx.view(-1, 1, 1) - x + cy.view(-1, 1, 1) - y) / radius.view(-1, 1, 1)).clamp(-1.4, 1.4)
+        body = body * (1 + 0.13 * lit.unsqueeze(1))
+        rim = cover(-(distance + 0.035), size, blur=0.03)  # a lighter edge, so that outlines are worth late scales
+        body = over(body, body * 0.72 + 0.28, rim)
+        return over(picture, body, cover(distance, size)).clamp(0, 1)
+
+    return paint
+
+
+def _two_inks(u: _Numbers) -> tuple[Tensor, Tensor]:
+    """Return two colours `[n, 3, 1, 1]` that stand apart in lightness."""
+    hue, other = _hue(u)
+    light = draw.oklch(u(0.80, 0.93), u(0.03, 0.10), hue)
+    dark = draw.oklch(u(0.38, 0.58), u(0.09, 0.16), other)
+    swap = (u() < 0.5).view(-1, 1)
+    return flat(torch.where(swap, dark, light)), flat(torch.where(swap, light, dark))
+
+
+def _lamp(u: _Numbers, picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Light a texture softly from one side."""
+    px, py = draw.place(x, y, u(-0.6, 0.6), u(-0.6, 0.6), torch.zeros(len(picture), device=picture.device))
+    return (picture * (1.06 - 0.13 * (px * px + py * py)).unsqueeze(1)).clamp(0, 1)
+
+
+def _stripes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    ground, ink = _two_inks(u)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi))
+    bend = u(0.0, 0.07).view(-1, 1, 1) * torch.sin(py * u(2.0, 5.0).view(-1, 1, 1))
+    alpha = cover(draw.stripe(px + bend, u(0.18, 0.36), u(0.36, 0.60)), size)
+    return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
+
+
+def _checker(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    ground, ink = _two_inks(u)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi / 2))
+    alpha = cover(draw.checker(px, py, u(0.14, 0.27)), size)
+    return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
+
+
+def _dots(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    ground, ink = _two_inks(u)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi / 3))
+    alpha = cover(draw.dots(px, py, u(0.24, 0.42), u(0.22, 0.36)), size)
+    return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
+
+
+def _bricks(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
+    hue = u()
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.30, 0.30))
+    tall = u(0.17, 0.30).view(-1, 1, 1)
+    wide, gap = tall * u(1.9, 2.5).view(-1, 1, 1), tall * u(0.07, 0.11).view(-1, 1, 1)
+    row = torch.floor(py / tall)
+    column = px / wide + 0.5 * (row - 2 * torch.floor(row / 2))
+    cell = torch.floor(column)
+    dx, dy = ((column - cell - 0.5).abs() - 0.5) * wide + gap, ((py / tall - row - 0.5).abs() - 0.5) * tall + gap
+    alpha = cover(torch.maximum(dx, dy), size)
+    chance = torch.sin(row * 127.1 + cell * 311.7 + u(0.0, 6.28).view(-1, 1, 1)) * 43.17  # one shade for each brick
+    shade = (chance - torch.floor(chance) - 0.5) * 0.16
+    brick = flat(draw.oklch(u(0.50, 0.66), u(0.08, 0.14), hue)) * (1 + shade.unsqueeze(1))
+    brick = brick * (1 + 0.12 * (-(dy + tall * 0.42) / tall).clamp(-1, 1).unsqueeze(1))
+    mortar = flat(draw.oklch(u(0.82, 0.92), u(0.01, 0.04), hue + 0.1))
+    return _lamp(u, over(mortar.expand(-1, -1, size, size), brick, alpha), x, y)
+
+
+_PAINTERS: dict[str, Callable[[_Numbers, Tensor, Tensor, int], Tensor]] = {
+    "gradient": _gradient,
+    "horizon": _horizon,
+    "glow": _glow,
+    "dunes": _dunes,
+    "disc": _object(draw.disc, 0.0),
+    "square": _object(draw.square, math.pi / 4),
+    "triangle": _object(draw.triangle, math.pi / 3),
+    "star": _object(draw.star, math.pi / 5),
+    "stripes": _stripes,
+    "checker": _checker,
+    "dots": _dots,
+    "bricks": _bricks,
+}
+
+
+def render(
+    labels: Sequence[int] | np.ndarray,
+    seeds: Sequence[int] | np.ndarray,
+    *,
+    size: int = 256,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Draw one picture for each (label, seed): `[n, 3, size, size]` float32 RGB in [0, 1].
+
+    The same label and seed give the same picture in any batch; devices differ by rounding only.
+
+    Raises:
+        ValueError: lengths differ, or a label is not below `len(CLASSES)`.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    seeds = np.asarray(seeds, dtype=np.int64)
+    if labels.shape != seeds.shape or labels.ndim != 1:
+        raise ValueError(f"labels and seeds must be two lists of one length, found {labels.shape} and {seeds.shape}")
+    if labels.size and not 0 <= labels.min() <= labels.max() < len(CLASSES):
+        raise ValueError(f"labels must be 0..{len(CLASSES) - 1}, found {labels.min()}..{labels.max()}")
+    x, y = draw.pixels(size, device)
+    out = torch.empty(len(labels), 3, size, size, device=device)
+    for label in np.unique(labels):
+        where = np.flatnonzero(labels == label)
+        table = torch.from_numpy(draw.uniforms(seeds[where], stream=int(label))).to(device)
+        picture = _PAINTERS[CLASSES[label]](_Numbers(table), x, y, size)
+        out[torch.from_numpy(where).to(device)] = picture
+    return out
