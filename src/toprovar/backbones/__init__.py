@@ -1,0 +1,1 @@
+"""The architectures, in readable PyTorch with one attention seam; they load the original checkpoints."""
