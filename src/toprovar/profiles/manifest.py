@@ -19,15 +19,16 @@ What the loop relies on:
 
 - ``prefix`` takes `LoopNames.LABELS` (or the text inputs) and gives ``x`` of scale 0; its other outputs are context. Of
   the symbolic dimensions of its outputs the loop knows B, R, N (of scale 0), T (text length).
-- ``span_cache_i`` has M rows: the tokens of the step that captures; M = 1 where a schedule captures nothing. Before
-  and at the capture it holds zeros (every token is kept there, so nothing is restored from it).
+- ``span_cache_i`` has M = hc * wc rows, where ``area_rows`` [h, hc] and ``area_cols`` [w, wc] are constants of the
+  step. Behind the step that captures, hc x wc is that step's grid. Before and at it the cache is zeros, and 1 x 1 will
+  do: every token is kept there, so nothing is restored.
 - A graph has one set of inputs: at the `last` step the constants of ``next_x`` describe a 1 x 1 grid (N' = 1), and
   the loop throws the result away.
 - `ScaleStep.constants` is for inputs of ``step`` and of ``advance`` alike; their names do not clash.
 
-``golden.safetensors`` holds for every prompt class ``c``, with B images each: ``c/labels`` [B] int32 (text: ``c/text_features``
-[B, T, text_width], ``c/text_lengths`` [B] int32), ``c/seeds`` [B] int64, ``c/tokens_{s}`` for every scale s that runs,
-``c/codes`` and ``c/image`` [B, 3, height, width] fp32.
+``golden.safetensors`` holds for every prompt class ``c``, with B images each: ``c/labels`` [B] int32 (text:
+``c/text_features`` [B, T, text_width], ``c/text_lengths`` [B] int32), ``c/seeds`` [B] int64, ``c/tokens_{s}`` for every
+scale s that runs, ``c/codes`` and ``c/image`` [B, 3, height, width] fp32.
 
 Names in a manifest never leave the bundle's folder; every file is hashed.
 """
@@ -97,6 +98,8 @@ class LoopNames(str, Enum):
     PAST_V = "past_v_{i}"
     NEW_K = "new_k_{i}"  # [N or K, R, H, D]
     NEW_V = "new_v_{i}"
+    AREA_ROWS = "area_rows"  # [h, hc], constant; resizes a span cache to the scale's grid
+    AREA_COLS = "area_cols"  # [w, wc], constant
     SPAN_CACHE = "span_cache_{i}"  # [M, R, C] branch sum of a span at the cached dense scale
     SPAN_DELTA = "span_delta_{i}"  # [K, R, C]
 
@@ -208,6 +211,27 @@ class Schedule(_Model):
 
     steps: tuple[ScaleStep, ...] = Field(min_length=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        past_global, past_detail = 0, 0
+        for position, step in enumerate(self.steps):
+            name, final = f"scale {step.scale}", position == len(self.steps) - 1
+            if (step.past_global, step.past_detail) != (past_global, past_detail):
+                raise ValueError(
+                    f"{name}: past is {step.past_global} and {step.past_detail} tokens, "
+                    f"the scales before it leave {past_global} and {past_detail}"
+                )
+            if position and step.scale <= self.steps[position - 1].scale:
+                raise ValueError(f"{name}: comes after scale {self.steps[position - 1].scale}; scales ascend")
+            if step.last != final:
+                raise ValueError(f"{name}: last is {step.last}; it is true for the final step and no other")
+            if step.capture_span_delta and step.keep != step.tokens:
+                raise ValueError(f"{name}: captures span deltas but keeps {step.keep} of {step.tokens} tokens")
+            past_global, past_detail = past_global + step.tokens, past_detail + step.keep
+        if sum(step.capture_span_delta for step in self.steps) > 1:
+            raise ValueError("more than one step captures span deltas")
+        return self
+
 
 class Provenance(_Model):
     checkpoint_sha256: Sha256
@@ -244,5 +268,7 @@ class Manifest(_Model):
             raise ValueError(f"names files that it does not hash: {', '.join(missing)}")
         for label in self.condition.labels:
             if label.prompt_class not in self.schedules:
-                raise ValueError(f"label {label.name!r} is of prompt class {label.prompt_class!r}, which has no schedule")
+                raise ValueError(
+                    f"label {label.name!r} is of prompt class {label.prompt_class!r}, which has no schedule"
+                )
         return self

@@ -1,0 +1,139 @@
+"""The loop over scales: all that a runtime does outside the graphs. The C++ runtime mirrors `Loop.run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from toprovar.errors import InputError
+from toprovar.profiles.manifest import LoopNames as Names
+from toprovar.profiles.noise import scale_noise
+from toprovar.runtime.binding import Binding, Turn
+from toprovar.runtime.bundle import Bundle
+from toprovar.runtime.target import Array, Run, Target
+
+__all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
+
+
+@dataclass(frozen=True)
+class ScaleTiming:
+    """Milliseconds of one scale: its noise (on the host), the transformer, and what leads to the next scale."""
+
+    scale: int
+    noise_ms: float
+    step_ms: float
+    advance_ms: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one batch; `total_ms` is wall time from the condition to the pictures in host memory."""
+
+    prompt_class: str
+    images: int
+    prefix_ms: float
+    scales: tuple[ScaleTiming, ...]
+    decode_ms: float
+    total_ms: float
+
+    @property
+    def transformer_ms(self) -> float:
+        """The steps of all scales together."""
+        return sum(scale.step_ms for scale in self.scales)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one batch gave.
+
+    tokens by scale, each `[B, N]` or `[B, N, bits]` int32; codes `[B, Cv, h, w]`; images `[B, 3, height, width]` in
+    [0, 1].
+    """
+
+    tokens: dict[int, Array]
+    codes: Array
+    images: Array
+    timing: Timing
+
+
+class Loop:
+    """A bundle on a target at one batch size, B images; runs each of the bundle's prompt classes.
+
+    Raises:
+        BundleError: graphs and loop do not fit together.
+    """
+
+    def __init__(self, bundle: Bundle, target: Target, batch: int):
+        self._bundle = bundle
+        self._target = target
+        self._bound = Binding(bundle, target, batch)
+
+    def run(
+        self,
+        prompt_class: str,
+        condition: Mapping[str, Array],
+        seeds: Sequence[int],
+        on_scale: Callable[[int, int], None] | None = None,
+    ) -> Trace:
+        """Make B pictures.
+
+        Args:
+            prompt_class: which schedule.
+            condition: what ``prefix`` takes: ``labels`` [B] int32, or ``text_features`` and ``text_lengths``.
+            seeds: B of them; a picture depends on its own seed only.
+            on_scale: called with (scales done, scales in all).
+
+        Raises:
+            InputError: a condition or seeds of another shape than the batch.
+        """
+        bound, read = self._bound, self._target.read
+        if len(seeds) != bound.batch:
+            raise InputError(f"{len(seeds)} seeds for a batch of {bound.batch} images; give one seed per image")
+        turns = bound.turns[prompt_class]
+        start = perf_counter()
+        for name, values in condition.items():
+            self._write(name, values)
+        self._write(Names.CODES, np.zeros(bound.codes(0).shape))
+
+        prefix_ms = self._timed(bound.prefix)
+        scales: list[ScaleTiming] = []
+        for turn in turns:
+            noise_ms = self._draw_noise(turn, seeds)
+            step_ms = self._timed(turn.step)
+            advance_ms = self._timed(turn.advance)
+            scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
+            if on_scale:
+                on_scale(len(scales), len(turns))
+        decode_ms = self._timed(bound.decode[len(turns) % 2])
+
+        images = read(bound.buffers[Names.IMAGE])
+        total_ms = (perf_counter() - start) * 1e3
+        return Trace(
+            tokens={turn.scale: read(turn.tokens) for turn in turns},
+            codes=read(bound.codes(len(turns))),
+            images=images,
+            timing=Timing(prompt_class, bound.batch, prefix_ms, tuple(scales), decode_ms, total_ms),
+        )
+
+    def _timed(self, run: Run) -> float:
+        start = perf_counter()
+        run()
+        self._target.synchronize()
+        return (perf_counter() - start) * 1e3
+
+    def _draw_noise(self, turn: Turn, seeds: Sequence[int]) -> float:
+        start = perf_counter()
+        if turn.noise is not None:
+            tokens, _, logits = turn.noise.shape
+            self._target.write(turn.noise, scale_noise(list(seeds), turn.scale, tokens, logits))
+        return (perf_counter() - start) * 1e3
+
+    def _write(self, name: str, values: Array) -> None:
+        buffer = self._bound.buffers.get(name)
+        if buffer is None or values.shape != buffer.shape:
+            takes = "no such input" if buffer is None else f"{list(buffer.shape)}"
+            raise InputError(f"{self._bundle.root}: {name} has shape {list(values.shape)}; the bundle takes {takes}")
+        self._target.write(buffer, np.ascontiguousarray(values, dtype=buffer.dtype))
