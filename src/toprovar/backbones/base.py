@@ -12,7 +12,7 @@ past, `V` logits per token. Tensors are sequence-first, so the keys of a scale a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -136,6 +136,8 @@ class Backbone(nn.Module, ABC):
     spec: Spec
     sampling: Sampling
     blocks: nn.ModuleList
+    head: Callable[[Tensor, Context], Tensor]
+    """`x [N, R, C]`, context -> logits `[N, R, V]` fp32. A method or a module."""
 
     @property
     def branches(self) -> int:
@@ -158,10 +160,6 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def layer_context(self, layer: int, context: Context) -> dict[str, Tensor]:
         """One layer's share of the context, as `blocks[layer]` takes it."""
-
-    @abstractmethod
-    def head(self, x: Tensor, context: Context) -> Tensor:
-        """`x [N, R, C]` -> logits `[N, R, V]` fp32."""
 
     @abstractmethod
     def scale_constants(self, scale: int, following: int | None = None) -> dict[str, Tensor]:

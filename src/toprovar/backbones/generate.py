@@ -56,7 +56,7 @@ class Pruning:
         if pruned and "d" in self.roles and self.restore == "cache":
             cache = self.cache_scale
             if cache is None or cache not in run or cache >= pruned[0]:
-                raise InputError(f"cache_scale is {cache}: give a scale that is run before the first pruned, {pruned[0]}")
+                raise InputError(f"cache_scale is {cache}: give a scale run before the first pruned one, {pruned[0]}")
 
 
 @dataclass

@@ -102,7 +102,7 @@ class Step(nn.Module):
             context: `Prefix.context`.
             rope: `[N, 1, F]` or None.
             keep_slots: `[K]` int32; only its length counts. None in a dense graph.
-            area_rows, area_cols: `[h, hc]`, `[w, wc]` fp32 of `restore_constants`; None if nothing is restored from cache.
+            area_rows, area_cols: `[h, hc]`, `[w, wc]` fp32 of `restore_constants`; None where no cache is used.
             past: `k0, v0, k1, v1, ...`, each `[P, R, H, D]`; P of a layer depends on its role, and may be 0.
             span_cache: a span's change at the cached scale, `[hc * wc, R, C]` fp32 each.
 
