@@ -76,7 +76,7 @@ class Loop:
         prompt_class: str,
         condition: Mapping[str, Array],
         seeds: Sequence[int],
-        on_scale: Callable[[int, int], None] | None = None,
+        on_scale: Callable[[], None] = lambda: None,
     ) -> Trace:
         """Make B pictures.
 
@@ -84,7 +84,7 @@ class Loop:
             prompt_class: which schedule.
             condition: what ``prefix`` takes: ``labels`` [B] int32, or ``text_features`` and ``text_lengths``.
             seeds: B of them; a picture depends on its own seed only.
-            on_scale: called with (scales done, scales in all).
+            on_scale: called after each scale.
 
         Raises:
             InputError: a condition or seeds of another shape than the batch.
@@ -105,8 +105,7 @@ class Loop:
             step_ms = self._timed(turn.step)
             advance_ms = self._timed(turn.advance)
             scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
-            if on_scale:
-                on_scale(len(scales), len(turns))
+            on_scale()
         decode_ms = self._timed(bound.decode[len(turns) % 2])
 
         images = read(bound.buffers[Names.IMAGE])

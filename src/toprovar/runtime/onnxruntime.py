@@ -5,7 +5,6 @@ Every graph is bound to fixed addresses (I/O binding by pointer), one binding pe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 
 from toprovar.errors import TargetError
 from toprovar.runtime.bundle import Bundle
+from toprovar.runtime.machine import usable_cores
 from toprovar.runtime.target import Array, Buffer, Run
 
 __all__ = ["OnnxRuntime", "open"]
@@ -55,7 +55,7 @@ class OnnxRuntime:
                 "target onnxruntime: this build has no CUDA provider; use cpu, or pip install 'toprovar[gpu]' not [run]"
             )
         self.device = "cuda" if provider == "cuda" or (provider == "auto" and cuda) else "cpu"
-        self.threads = threads or _usable_cores()
+        self.threads = threads or usable_cores()
         self.description = f"onnxruntime {onnxruntime.__version__} {self.device}"
         self._runtime = onnxruntime
         self._sessions = {str(name): self._load(bundle, name) for name in bundle.manifest.graphs}
@@ -136,9 +136,3 @@ def _address(buffer: Buffer) -> int:
 
 def _host(buffer: Buffer, *, read: bool) -> Array:
     return np.array(buffer.memory.numpy()) if read else np.zeros(buffer.capacity_bytes, np.uint8)
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -107,7 +107,7 @@ class Session:
         total = sum(len(self.bundle.manifest.schedules[classes[batch[0]]].steps) for batch in batches)
         done = 0
 
-        def progress(_done: int, _of: int) -> None:
+        def progress() -> None:
             nonlocal done
             done += 1
             if on_scale:
@@ -152,7 +152,7 @@ class Session:
         if condition.kind == "label":
             if not labels or text is not None:
                 raise InputError(f"{root}: pictures are asked for by label; give one or more of {_some(self.labels)}")
-            numbers = [self._label(label) for label in labels]
+            numbers = [self.label(label) for label in labels]
             classes = tuple(condition.labels[number].prompt_class for number in numbers)
             return {Names.LABELS: np.asarray(numbers, np.int32)}, classes
         if text is None or labels is not None:
@@ -169,8 +169,12 @@ class Session:
             Names.TEXT_LENGTHS: np.asarray(text.lengths, np.int32),
         }, text.prompt_classes
 
-    def _label(self, label: int | str) -> int:
-        """The number of a label given by name or number."""
+    def label(self, label: int | str) -> int:
+        """The number of a label given by name or number.
+
+        Raises:
+            InputError: the bundle has no such label.
+        """
         names = self.labels
         text = str(label).strip()
         if text in names:
