@@ -21,7 +21,16 @@ from torch import Tensor, nn
 
 from toprovar.errors import CheckpointError
 
-__all__ = ["State", "block_count", "identify", "load_strict", "read_state_dict", "require_kind", "shape_of"]
+__all__ = [
+    "State",
+    "block_count",
+    "checkpoint_files",
+    "identify",
+    "load_strict",
+    "read_state_dict",
+    "require_kind",
+    "shape_of",
+]
 
 State = dict[str, Tensor]
 
@@ -82,7 +91,20 @@ def _read_safetensors(path: Path) -> State:
         ) from error
 
 
-def _read_sharded(path: Path) -> State:
+def checkpoint_files(path: str | Path) -> tuple[Path, ...]:
+    """The files that a checkpoint consists of, as `read_state_dict` takes it: one, or an index and its shards.
+
+    Raises:
+        CheckpointError: missing, or an index that is none or names a shard that is not there.
+    """
+    path = _resolve(Path(path))
+    if not path.name.endswith(".index.json"):
+        return (path,)
+    return (path, *(path.parent / shard for shard in sorted(_shards(path))))
+
+
+def _shards(path: Path) -> dict[str, list[str]]:
+    """Shard -> its keys, from an index."""
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[str, list[str]] = {}
@@ -90,12 +112,17 @@ def _read_sharded(path: Path) -> State:
             shards.setdefault(str(shard), []).append(key)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not an index of shards ({_one_line(error)}): it needs 'weight_map'") from error
-    state: State = {}
-    for shard, keys in shards.items():
+    for shard in shards:
         if Path(shard).name != shard:
             raise CheckpointError(f"{path}: names the shard '{shard}' outside its folder: shards lie beside it")
         if not (path.parent / shard).exists():
             raise CheckpointError(f"{path.parent / shard}: this shard of {path.name} is missing: download it as well")
+    return shards
+
+
+def _read_sharded(path: Path) -> State:
+    state: State = {}
+    for shard, keys in _shards(path).items():
         read = read_state_dict(path.parent / shard)
         if absent := [key for key in keys if key not in read]:
             raise CheckpointError(f"{path.parent / shard}: lacks {_some(absent)}, which {path.name} places there")
