@@ -43,7 +43,7 @@ PLUGIN_VERSION = "1"
 CONTRACT_VERSION = 1
 """Raised when tensors, attributes or meaning change: a cubin library or bundle of another version is refused."""
 KERNEL_REVISION = 1
-"""Raised when a kernel's speed or rounding changes: part of the plugin's timing-cache key and of every cubin library."""
+"""Raised when a kernel's speed or rounding changes: part of a plugin's timing-cache key and of every cubin library."""
 
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
 """Element types of the T tensors, with their size in bytes."""
@@ -51,7 +51,7 @@ ONNX_DTYPES: dict[str, int] = {"float32": 1, "int32": 6, "float16": 10, "bfloat1
 """onnx.TensorProto.DataType of every dtype used by an op."""
 
 HEAD_DIMS = (64, 80, 96, 128)
-"""Head dims with kernels compiled ahead of time. The torch op takes any multiple of 8 up to MAX_HEAD_DIM on a GPU, any on a CPU."""
+"""Head dims compiled ahead of time. The torch op takes any; on a GPU multiples of 8 up to MAX_HEAD_DIM are fast."""
 MAX_HEAD_DIM = 128
 MAX_SELECT_TOKENS = 16384
 """Tokens that the selection kernel can choose from (a 128 x 128 grid); the CPU implementation has no limit."""
@@ -96,7 +96,9 @@ class OpSpec:
 
 _X = TensorSpec("x", "T", ("N", "R", "C"), "tokens of the scale")
 _KEPT = TensorSpec("kept", "T", ("K", "R", "C"), "rows of the kept tokens, in the order of `indices`")
-_INDICES = TensorSpec("indices", "int32", ("B", "K"), "kept tokens of each image, ascending, each at most once; row r uses r % B")
+_INDICES = TensorSpec(
+    "indices", "int32", ("B", "K"), "kept tokens of each image, ascending, each at most once; row r uses r % B"
+)
 
 OPS: dict[str, OpSpec] = {
     spec.torch_name: spec
@@ -116,7 +118,7 @@ OPS: dict[str, OpSpec] = {
                 TensorSpec("new_v", "T", ("L", "R", "H", "D"), "values of this scale"),
             ),
             outputs=(
-                TensorSpec("out", "T", ("N", "R", "H", "D"), "softmax(scale * q . k) v over past then new keys, no mask"),
+                TensorSpec("out", "T", ("N", "R", "H", "D"), "softmax(scale * q.k) v over past then new keys, no mask"),
                 TensorSpec("entropy", "float32", ("R", "N"), "-sum p log p in nats over all keys, mean over heads"),
             ),
             attributes=(
@@ -133,7 +135,7 @@ OPS: dict[str, OpSpec] = {
             torch_schema="(Tensor entropy, Tensor keep_slots) -> Tensor",
             inputs=(
                 TensorSpec("entropy", "float32", ("B", "N"), "score of every token; the lowest are kept"),
-                TensorSpec("keep_slots", "int32", ("K",), "only the length counts: it carries K into a graph as a shape"),
+                TensorSpec("keep_slots", "int32", ("K",), "only its length counts: it carries K into a graph"),
             ),
             outputs=(_INDICES,),
             attributes=(),
@@ -171,7 +173,10 @@ OPS: dict[str, OpSpec] = {
             ),
             outputs=(TensorSpec("y", "T", ("N", "R", "C"), "kept rows as given, every other row x + resize(cache)"),),
             attributes=(),
-            doc="y = x + rows . cache . cols^T on the grid, in fp32, rounded once; then the kept rows written over it.",
+            doc=(
+                "y = x + rows . cache . cols^T on the grid, in fp32, rounded once; then the kept rows written over it. "
+                "rows and cols must be the matrices of area resizing: a kernel may read no more than their shapes."
+            ),
         ),
     )
 }

@@ -7,6 +7,10 @@ and a CUDA one. None is differentiable. Wrong shapes, dtypes or devices raise `I
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -116,10 +120,11 @@ def _require_tensors(op: str, **values: Any) -> None:
 def _check_options(scale: float, entropy: str) -> None:
     if entropy not in contract.ENTROPY_MODES:
         raise InputError(
-            f"entropy_attention: entropy is {entropy!r}; it must be one of {', '.join(map(repr, contract.ENTROPY_MODES))}"
+            f"entropy_attention: entropy is {entropy!r}; it must be one of "
+            + ", ".join(map(repr, contract.ENTROPY_MODES))
         )
-    if not math.isfinite(scale):
-        raise InputError(f"entropy_attention: scale is {scale}; it must be a finite number")
+    if not (math.isfinite(scale) and scale > 0):
+        raise InputError(f"entropy_attention: scale is {scale}; it must be a finite number above 0")
 
 
 def _check_tensors(op: str, tensors: dict[str, Tensor]) -> None:
@@ -169,7 +174,9 @@ def _check_attention(
         _check_equal(op, name, "R,H,D", tuple(tensor.shape[1:]), shape[1:], f"q {list(shape)}")
     for name, keys, values in (("past", past_k, past_v), ("new", new_k, new_v)):
         if keys.shape[0] != values.shape[0]:
-            raise InputError(f"{op}: {name}_k holds {keys.shape[0]} keys but {name}_v {values.shape[0]} values; they must agree")
+            raise InputError(
+                f"{op}: {name}_k holds {keys.shape[0]} keys but {name}_v {values.shape[0]} values; they must agree"
+            )
     if past_k.shape[0] + new_k.shape[0] == 0:
         raise InputError(f"{op}: no key is given (P = 0 and L = 0); a softmax needs at least one")
 
@@ -180,7 +187,8 @@ def _check_indices(op: str, x: Tensor, indices: Tensor) -> None:
         raise InputError(f"{op}: x has shape {list(x.shape)} and indices {list(indices.shape)}; no axis may be 0")
     if x.shape[1] % images:
         raise InputError(
-            f"{op}: x has R = {x.shape[1]} rows, indices B = {images} images; R must be a multiple of B (row r uses r % B)"
+            f"{op}: x has R = {x.shape[1]} rows, indices B = {images} images; R must be a multiple of B "
+            "(row r uses r % B)"
         )
     if keep > x.shape[0]:
         raise InputError(f"{op}: indices keep K = {keep} of N = {x.shape[0]} tokens; K must not exceed N")
@@ -191,7 +199,8 @@ def _check_select(entropy: Tensor, keep_slots: Tensor) -> None:
     images, tokens, keep = *entropy.shape, keep_slots.shape[0]
     if images == 0 or not 1 <= keep <= tokens:
         raise InputError(
-            f"select_tokens: entropy has [B,N] = {[images, tokens]} and keep_slots K = {keep}; valid is B >= 1, 1 <= K <= N"
+            f"select_tokens: entropy has [B,N] = {[images, tokens]} and keep_slots K = {keep}; "
+            "valid is B >= 1, 1 <= K <= N"
         )
 
 
@@ -222,14 +231,28 @@ def _check_restore(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows
 
 
 def _attention_portable(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, scale: float, entropy: str, return_lse: bool
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    scale: float,
+    entropy: str,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_attention(q, past_k, past_v, new_k, new_v, scale, entropy)
     return portable.entropy_attention(q, past_k, past_v, new_k, new_v, scale, entropy, return_lse)
 
 
 def _attention_fake(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, scale: float, entropy: str, return_lse: bool
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    scale: float,
+    entropy: str,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_options(scale, entropy)
     _check_tensors("entropy_attention", {"q": q, "past_k": past_k, "past_v": past_v, "new_k": new_k, "new_v": new_v})
@@ -273,9 +296,7 @@ def _scatter_fake(x: Tensor, kept: Tensor, indices: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _restore_portable(
-    x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows: Tensor, cols: Tensor
-) -> Tensor:
+def _restore_portable(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     _check_restore(x, kept, indices, cache, rows, cols)
     return portable.restore_tokens(x, kept, indices, cache, rows, cols)
 
@@ -287,12 +308,82 @@ def _restore_fake(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows:
     return x.new_empty(x.shape)
 
 
-_IMPLEMENTATIONS = {
-    "entropy_attention": (_attention_fake, _attention_portable, _attention_portable),
-    "select_tokens": (_select_fake, _select_portable, _select_portable),
-    "gather_tokens": (_gather_fake, _gather_portable, _gather_portable),
-    "scatter_tokens": (_scatter_fake, _scatter_portable, _scatter_portable),
-    "restore_tokens": (_restore_fake, _restore_portable, _restore_portable),
+# --- CUDA: the Hopper kernel where it applies, else Triton, else PyTorch ---------------------------------------------
+
+
+@cache
+def _kernel_module(name: str) -> ModuleType | None:
+    """`launch` (needs Triton) or `hopper`, None where it is not installed. A defect inside either still raises."""
+    try:
+        return import_module(f".{name}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name == "triton" or error.name == f"{__package__}.{name}":
+            return None
+        raise
+
+
+def _triton(device: torch.device, head_dim: int | None = None) -> ModuleType | None:
+    launch = _kernel_module("launch")
+    return launch if launch is not None and launch.supports(device, head_dim) else None
+
+
+def _attention_cuda(
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    scale: float,
+    entropy: str,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_attention(q, past_k, past_v, new_k, new_v, scale, entropy)
+    n, _, _, d = q.shape
+    arguments = (q, past_k, past_v, new_k, new_v, scale, entropy, return_lse)
+    hopper = _kernel_module("hopper")
+    if (
+        hopper is not None
+        and hopper.available(q.device)
+        and hopper.supports(q.dtype, d, n, past_k.shape[0] + new_k.shape[0])
+    ):
+        return hopper.forward(*arguments)
+    return (_triton(q.device, d) or portable).entropy_attention(*arguments)
+
+
+def _select_cuda(entropy: Tensor, keep_slots: Tensor) -> Tensor:
+    _check_select(entropy, keep_slots)
+    launch = _triton(entropy.device) if entropy.shape[1] <= contract.MAX_SELECT_TOKENS else None
+    return (launch or portable).select_tokens(entropy, keep_slots.shape[0])
+
+
+def _gather_cuda(x: Tensor, indices: Tensor) -> Tensor:
+    _check_gather(x, indices)
+    return (_triton(x.device) or portable).gather_tokens(x, indices)
+
+
+def _scatter_cuda(x: Tensor, kept: Tensor, indices: Tensor) -> Tensor:
+    _check_scatter(x, kept, indices)
+    launch = _triton(x.device)
+    if launch is None:
+        return portable.scatter_tokens(x, kept, indices)
+    return launch.restore_tokens(x, kept, indices, None, (x.shape[0], 1, 1, 1))
+
+
+def _restore_cuda(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+    _check_restore(x, kept, indices, cache, rows, cols)
+    launch = _triton(x.device)
+    if launch is None:
+        return portable.restore_tokens(x, kept, indices, cache, rows, cols)
+    (h, hc), (w, wc) = rows.shape, cols.shape
+    return launch.restore_tokens(x, kept, indices, cache, (h, w, hc, wc))
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]] = {
+    "entropy_attention": (_attention_fake, _attention_portable, _attention_cuda),
+    "select_tokens": (_select_fake, _select_portable, _select_cuda),
+    "gather_tokens": (_gather_fake, _gather_portable, _gather_cuda),
+    "scatter_tokens": (_scatter_fake, _scatter_portable, _scatter_cuda),
+    "restore_tokens": (_restore_fake, _restore_portable, _restore_cuda),
 }
 
 _library = torch.library.Library(contract.DOMAIN, "FRAGMENT")

@@ -54,7 +54,7 @@ def select_oracle(entropy: Tensor, keep: int) -> Tensor:
     """The `keep` lowest of entropy [B,N]: int32 [B,keep], ascending by index; ties to the lower index, NaN highest."""
     rows = []
     for values in entropy.double().tolist():
-        order = sorted(range(len(values)), key=lambda i: (math.isnan(values[i]), values[i] if values[i] == values[i] else 0, i))
+        order = sorted(range(len(values)), key=lambda i: (1, 0.0, i) if math.isnan(values[i]) else (0, values[i], i))
         rows.append(sorted(order[:keep]))
     return torch.tensor(rows, dtype=torch.int32, device=entropy.device).reshape(entropy.shape[0], keep)
 

@@ -1,6 +1,6 @@
 """The ops in plain PyTorch: the CPU implementation, and what a GPU runs when it has no Triton.
 
-Inputs are checked by `ops.py`. Softmax and entropy are fp32 whatever the tensors are: in fp16 p log p underflows to NaN.
+Inputs are checked by `ops.py`. Softmax and entropy are fp32 whatever the tensors are: in fp16 p log p gives NaN.
 """
 
 from __future__ import annotations
@@ -16,10 +16,17 @@ _SCORE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 
 
 def entropy_attention(
-    q: Tensor, past_k: Tensor, past_v: Tensor, new_k: Tensor, new_v: Tensor, scale: float, entropy: str, return_lse: bool
+    q: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    scale: float,
+    entropy: str,
+    return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns (out [N,R,H,D], entropy [R,N] or [R,H,N] or [0], lse [R,H,N] or [0])."""
-    n, r, h, d = q.shape
+    n, r, h, _ = q.shape
     k = torch.cat([past_k, new_k]).permute(1, 2, 0, 3)
     v = torch.cat([past_v, new_v]).permute(1, 2, 0, 3)
     queries = q.permute(1, 2, 0, 3)
@@ -76,7 +83,7 @@ def scatter_tokens(x: Tensor, kept: Tensor, indices: Tensor) -> Tensor:
 def restore_tokens(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """x [N,R,C], cache [hc*wc,R,C], rows [h,hc], cols [w,wc] -> [N,R,C]; the resize is two small matrix products."""
     n, r, c = x.shape
-    (h, hc), (w, wc) = rows.shape, cols.shape
+    (h, hc), wc = rows.shape, cols.shape[1]
     tall = rows @ cache.float().reshape(hc, wc * r * c)
     grid = cols @ tall.reshape(h, wc, r * c)
     y = (x.float() + grid.reshape(n, r, c)).to(x.dtype)
