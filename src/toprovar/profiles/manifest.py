@@ -35,11 +35,14 @@ Names in a manifest never leave the bundle's folder; every file is hashed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from toprovar.profiles.files import sha256_files, sha256_json
 
 __all__ = [
     "SCHEMA",
@@ -56,6 +59,7 @@ __all__ = [
     "Schedule",
     "TargetInfo",
     "TensorInfo",
+    "sha256_checkpoint",
 ]
 
 SCHEMA = "toprovar.bundle/1"
@@ -231,6 +235,12 @@ class Schedule(_Model):
         if sum(step.capture_span_delta for step in self.steps) > 1:
             raise ValueError("more than one step captures span deltas")
         return self
+
+
+def sha256_checkpoint(*parts: Sequence[Path]) -> str:
+    """What a calibration, a plan and a bundle call the hash of their checkpoint: of the files of the transformer and of
+    the tokenizer, in this order, each of which may be in shards."""
+    return sha256_json([sha256_files(part) for part in parts])
 
 
 class Provenance(_Model):
