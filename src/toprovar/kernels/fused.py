@@ -5,7 +5,9 @@ each of these kernels reads its inputs once and writes its outputs once:
 
 ``residual_norm``     x += gamma * branch, then LayerNorm and modulation of the new x for the next branch
 ``qk_norm_rope``      split of a QKV product: L2 norm of q and k, head multiplier, rotary embedding; v copied
-``group_norm_silu``   GroupNorm and SiLU of channels-last activations
+``group_norm_silu``   GroupNorm and SiLU of channels-last activations, with the bias of the convolution before it
+``add_bias``          sum of two channels-last activations and the bias of the convolution that made the first
+``philox_uniform``    the noise of a scale from the seeds of a batch: `toprovar.profiles.noise`, number for number
 
 They compute in fp32 whatever the tensors are. The PyTorch modules in `toprovar.backbones` are their reference.
 """
@@ -16,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["group_norm_silu", "qk_norm_rope", "residual_norm"]
+__all__ = ["add_bias", "group_norm_silu", "philox_uniform", "qk_norm_rope", "residual_norm"]
 
 
 @triton.jit
@@ -212,7 +214,15 @@ def qk_norm_rope(
 
 @triton.jit
 def _group_statistics(
-    X, PARTIAL, HW, C: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr
+    X,
+    PRE_BIAS,
+    PARTIAL,
+    HW,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_PRE_BIAS: tl.constexpr,
 ):
     """Mean and sum of squared deviations of every group over one chunk of rows (Chan's merge between tiles)."""
     b = tl.program_id(0).to(tl.int64)
@@ -227,6 +237,8 @@ def _group_statistics(
         r = start + tl.arange(0, ROWS)
         ok = r < HW
         x = tl.load(X + (b * HW + r[:, None]) * C + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
+        if HAS_PRE_BIAS:
+            x = tl.where(ok[:, None], x + tl.load(PRE_BIAS + c).to(tl.float32)[None, :], 0.0)
         n = tl.maximum(tl.minimum(HW - start, ROWS), 0).to(tl.float32) * width
         tile_mean = tl.sum(tl.reshape(tl.sum(x, 0), [GROUPS, width]), 1) / tl.maximum(n, 1.0)
         spread = tl.reshape(tl.broadcast_to(tile_mean[:, None], [GROUPS, width]), [C])
@@ -246,7 +258,17 @@ def _group_statistics(
 
 @triton.jit
 def _group_merge(
-    PARTIAL, WEIGHT, BIAS, AFFINE, parts, eps, PARTS: tl.constexpr, C: tl.constexpr, GROUPS: tl.constexpr
+    PARTIAL,
+    WEIGHT,
+    BIAS,
+    PRE_BIAS,
+    AFFINE,
+    parts,
+    eps,
+    PARTS: tl.constexpr,
+    C: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_PRE_BIAS: tl.constexpr,
 ):
     """All parts at once: M2 = sum of M2_p + n_p (mean_p - mean)^2, exact and without cancellation."""
     b = tl.program_id(0).to(tl.int64)
@@ -266,6 +288,8 @@ def _group_merge(
     mean_c = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, width]), [C])
     inverse_c = tl.reshape(tl.broadcast_to(inverse[:, None], [GROUPS, width]), [C])
     scale = tl.load(WEIGHT + c).to(tl.float32) * inverse_c
+    if HAS_PRE_BIAS:
+        mean_c -= tl.load(PRE_BIAS + c).to(tl.float32)
     tl.store(AFFINE + b * 2 * C + c, scale)
     tl.store(AFFINE + b * 2 * C + C + c, tl.load(BIAS + c).to(tl.float32) - mean_c * scale)
 
@@ -286,13 +310,21 @@ def _affine_silu(X, AFFINE, Y, HW, C: tl.constexpr, ROWS: tl.constexpr, SILU: tl
 
 
 def group_norm_silu(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int = 32, *, eps: float = 1e-6, silu: bool = True
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int = 32,
+    *,
+    pre_bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    silu: bool = True,
 ) -> torch.Tensor:
     """GroupNorm and SiLU of channels-last activations, two reads and one write.
 
     Args:
         x: ``[B, C, H, W]`` in ``torch.channels_last``; C a power of two, divisible by ``groups``.
         weight, bias: ``[C]``.
+        pre_bias: ``[C]`` added to x first: the bias of a convolution that was run without it.
 
     Returns:
         ``[B, C, H, W]`` channels-last of x's dtype.
@@ -308,7 +340,69 @@ def group_norm_silu(
     parts = triton.cdiv(pixels, steps * rows)
     partial = torch.empty((batch, parts, 3, groups), dtype=torch.float32, device=x.device)
     affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
-    _group_statistics[(batch, parts)](x, partial, pixels, C=channels, GROUPS=groups, ROWS=rows, STEPS=steps)
-    _group_merge[(batch,)](partial, weight, bias, affine, parts, eps, PARTS=triton.next_power_of_2(parts), C=channels, GROUPS=groups)
+    before = weight if pre_bias is None else pre_bias
+    has = pre_bias is not None
+    _group_statistics[(batch, parts)](
+        x, before, partial, pixels, C=channels, GROUPS=groups, ROWS=rows, STEPS=steps, HAS_PRE_BIAS=has
+    )
+    _group_merge[(batch,)](
+        partial,
+        weight,
+        bias,
+        before,
+        affine,
+        parts,
+        eps,
+        PARTS=triton.next_power_of_2(parts),
+        C=channels,
+        GROUPS=groups,
+        HAS_PRE_BIAS=has,
+    )
     _affine_silu[(triton.cdiv(pixels, rows), batch)](x, affine, y, pixels, C=channels, ROWS=rows, SILU=silu)
     return y
+
+
+@triton.jit
+def _add_bias(A, B, BIAS, Y, total, C: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < total
+    y = tl.load(A + i, mask=ok, other=0.0).to(tl.float32) + tl.load(B + i, mask=ok, other=0.0).to(tl.float32)
+    y += tl.load(BIAS + i % C).to(tl.float32)
+    tl.store(Y + i, y.to(Y.dtype.element_ty), mask=ok)
+
+
+def add_bias(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """``a + b + bias`` in one pass: a, b ``[B, C, H, W]`` channels-last, bias ``[C]``; the sum is formed in fp32."""
+    a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
+    y = torch.empty_like(a, memory_format=torch.channels_last)
+    total, block = a.numel(), 4096
+    _add_bias[(triton.cdiv(total, block),)](a, b, bias, y, total, C=a.shape[1], BLOCK=block)
+    return y
+
+
+@triton.jit
+def _philox_uniform(SEEDS, OUT, scale, count, B, V, BLOCK: tl.constexpr):
+    image = tl.program_id(1)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seed = tl.load(SEEDS + image)
+    zero = block * 0
+    words = tl.philox(seed, block, zero + scale, zero, zero)
+    for lane in tl.static_range(4):
+        i = block.to(tl.int64) * 4 + lane
+        u = ((words[lane] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+        token = i // V
+        tl.store(OUT + (token * B + image) * V + i % V, u, mask=i < count)
+
+
+def philox_uniform(seeds: torch.Tensor, scale: int, tokens: int, values: int) -> torch.Tensor:
+    """Uniform noise ``[N, B, V]`` fp32 of one scale: what `toprovar.profiles.noise.scale_noise` gives, on the device.
+
+    Args:
+        seeds: ``[B]`` int64.
+        scale: index of the scale. tokens, values: N and V.
+    """
+    images, count = seeds.shape[0], tokens * values
+    out = torch.empty((tokens, images, values), dtype=torch.float32, device=seeds.device)
+    block = 256
+    _philox_uniform[(triton.cdiv(count, 4 * block), images)](seeds, out, scale, count, images, values, BLOCK=block)
+    return out

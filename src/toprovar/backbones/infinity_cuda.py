@@ -1,0 +1,296 @@
+"""Infinity's scale for a CUDA GPU: the arithmetic of `infinity._Block`, arranged so that every tensor is moved once.
+
+`Step` runs a block as it reads on paper: some thirty kernels a layer. Here a layer is five matrix products, two
+attentions and three fused kernels (`toprovar.kernels.fused`):
+
+* a residual addition waits for the norm behind it, also across layers, and is done with it in one pass;
+* q and k are normalised and rotated, and k and v stored in the cache, straight from the QKV product;
+* bias and GELU are the epilogue of the first FFN product.
+
+All sizes are fixed when a `ScaleRun` is made, nothing is allocated that outlives a call but its outputs, and nothing is read
+back to the host, so a scale can be captured as one CUDA graph. The reference is `Step`; a test compares them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toprovar.backbones.base import Context, restore_constants
+from toprovar.backbones.infinity import Infinity, _Block, masked_attention
+from toprovar.backbones.step import Step
+from toprovar.errors import InputError
+from toprovar.kernels import entropy_attention, gather_tokens, restore_tokens, scatter_tokens, select_tokens
+from toprovar.kernels.fused import qk_norm_rope, residual_norm
+
+__all__ = ["FusedStep", "KeyValueCache", "ScaleRun", "scale_runs"]
+
+
+@dataclass(frozen=True)
+class ScaleRun:
+    """One turn of the loop with all its sizes: what a plan says of a scale, and the tensors that go with it.
+
+    Attributes:
+        scale: index in the schedule.
+        tokens, keep: N and K; K = N is a dense scale, which selects nothing.
+        past_global, past_detail: keys in the cache before this scale, of global and of detail layers.
+        cos, sin: ``[N, 1, D / 2]`` fp32, contiguous.
+        keep_slots: ``[K]`` int32 on the device.
+        area_rows, area_cols: from the cached grid to this one, or None.
+        capture: this dense scale fills the restore cache.
+    """
+
+    scale: int
+    tokens: int
+    keep: int
+    past_global: int
+    past_detail: int
+    cos: Tensor
+    sin: Tensor
+    keep_slots: Tensor
+    area_rows: Tensor | None
+    area_cols: Tensor | None
+    capture: bool
+
+    @property
+    def pruned(self) -> bool:
+        return self.keep < self.tokens
+
+
+def scale_runs(
+    backbone: Infinity, keep: Sequence[int], scales: Sequence[int], cache_scale: int | None
+) -> tuple[ScaleRun, ...]:
+    """The loop over `scales` keeping ``keep[s]`` tokens of scale s in detail layers."""
+    spec, device = backbone.spec, backbone.device
+    runs = []
+    past_global = past_detail = 0
+    for scale in scales:
+        half = spec.head_dim // 2
+        rope = backbone.rope(scale).to(device)
+        tokens, kept = spec.tokens[scale], keep[scale]
+        area: tuple[Tensor | None, Tensor | None] = (None, None)
+        if kept < tokens and cache_scale is not None:
+            rows, cols = restore_constants(spec, scale, cache_scale)
+            area = rows.to(device), cols.to(device)
+        runs.append(
+            ScaleRun(
+                scale,
+                tokens,
+                kept,
+                past_global,
+                past_detail,
+                rope[..., :half].contiguous(),
+                rope[..., half : 2 * half].contiguous(),
+                torch.zeros(kept, dtype=torch.int32, device=device),
+                *area,
+                capture=scale == cache_scale,
+            )
+        )
+        past_global += tokens
+        past_detail += kept
+    return tuple(runs)
+
+
+class KeyValueCache:
+    """Keys and values of all layers, ``[capacity, R, H, D]`` each, allocated once."""
+
+    def __init__(self, backbone: Infinity, roles: str, rows: int, runs: Sequence[ScaleRun]) -> None:
+        spec = backbone.spec
+        last = runs[-1]
+        capacity = {"g": last.past_global + last.tokens, "d": last.past_detail + last.keep}
+        self.keys, self.values = (
+            [
+                torch.empty(capacity[role], rows, spec.heads, spec.head_dim, dtype=backbone.dtype, device=backbone.device)
+                for role in roles
+            ]
+            for _ in range(2)
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+
+class _Layer:
+    """The tensors of one block as the products take them."""
+
+    def __init__(self, block: _Block) -> None:
+        sa, ca, ffn = block.sa, block.ca, block.ffn
+        self.qkv = sa.mat_qkv.weight
+        self.qkv_bias = torch.cat([sa.q_bias, sa.zero_k_bias, sa.v_bias])
+        self.multiplier = sa.multiplier()
+        self.sa_proj = sa.proj
+        self.ca_norm = block.ca_norm
+        self.ca_q, self.ca_proj = ca.mat_q, ca.proj
+        self.fc1, self.fc2 = ffn.fc1, ffn.fc2
+
+
+@dataclass
+class _Stream:
+    """The residual stream with the last branch not yet added: ``x + gamma * branch``."""
+
+    x: Tensor  # [n, R, C] fp32
+    branch: Tensor | None = None  # [n, R, C]
+    gamma: Tensor | None = None  # [R, C]
+
+    def normed(self, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, affine: bool = False) -> Tensor:
+        """Adds the branch in place and returns the modulated norm of the sum."""
+        self.x, out = residual_norm(self.x, self.branch, self.gamma, scale, shift, dtype=dtype, affine=affine)
+        self.branch = self.gamma = None
+        assert out is not None
+        return out
+
+    def settle(self) -> Tensor:
+        """Adds the branch in place."""
+        if self.branch is not None:
+            self.x, _ = residual_norm(self.x, self.branch, self.gamma)
+            self.branch = self.gamma = None
+        return self.x
+
+
+class FusedStep:
+    """One scale of Infinity, dense or pruned, with keys and values written into the cache.
+
+    Args:
+        backbone: with its matrices in fp16 or bf16 on a CUDA device (`Infinity.set_precision`).
+        roles, restore: as of `Step`.
+
+    Raises:
+        InputError: a checkpoint that adds the level embedding in every chunk (none is released), or roles that do not fit.
+    """
+
+    def __init__(self, backbone: Infinity, roles: str, restore: Literal["cache", "identity"] = "cache") -> None:
+        if backbone.spec.level_starts:
+            raise InputError(
+                "the fused CUDA step does not add the level embedding in every chunk; run this checkpoint with Step"
+            )
+        self.backbone = backbone
+        self.segments = Step(backbone, roles, restore).segments
+        self.roles = roles
+        self.restore = restore
+        self.layers = [_Layer(block) for block in cast("Sequence[_Block]", backbone.blocks)]
+
+    @property
+    def spans(self) -> int:
+        return sum(segment.role == "d" for segment in self.segments)
+
+    def __call__(
+        self,
+        run: ScaleRun,
+        x: Tensor,
+        context: Context,
+        cache: KeyValueCache,
+        span_cache: list[Tensor],
+        *,
+        padded: bool,
+    ) -> Tensor:
+        """One scale.
+
+        Args:
+            run: its sizes.
+            x: ``[N, R, C]`` fp32 input, overwritten.
+            context: `Prefix.context`.
+            cache: read up to ``run.past_*`` and written behind it.
+            span_cache: one ``[M, R, C]`` fp32 a span; written where ``run.capture``, read where ``run.pruned``.
+            padded: some row's text is shorter than T, so cross-attention needs its bias.
+
+        Returns: logits ``[N, R, V]`` fp32.
+        """
+        stream = _Stream(x)
+        span = 0
+        entropy: Tensor | None = None
+        images = x.shape[1] // self.backbone.branches
+        for index, segment in enumerate(self.segments):
+            layers = range(segment.start, segment.stop)
+            if segment.role == "g" or not run.pruned:
+                before = stream.settle().clone() if segment.role == "d" and run.capture else None
+                wanted = run.pruned and index + 1 < len(self.segments)
+                for layer in layers:
+                    entropy = self._layer(
+                        layer, stream, run, run.cos, run.sin, context, cache, wanted and layer == layers[-1], padded
+                    )
+                if before is not None:
+                    torch.sub(stream.settle(), before, out=span_cache[span])
+                span += segment.role == "d"
+                continue
+            assert entropy is not None
+            whole = stream.settle()
+            indices = select_tokens(entropy[:images], run.keep_slots)
+            kept = _Stream(gather_tokens(whole, indices))
+            # [N, 1, D/2] per image: [N, B, D/2] gathered with the same indices.
+            cos, sin = (gather_tokens(t.expand(-1, images, -1).contiguous(), indices) for t in (run.cos, run.sin))
+            for layer in layers:
+                self._layer(layer, kept, run, cos, sin, context, cache, False, padded)
+            if self.restore == "identity":
+                stream = _Stream(scatter_tokens(whole, kept.settle(), indices))
+            else:
+                assert run.area_rows is not None and run.area_cols is not None
+                stream = _Stream(
+                    restore_tokens(whole, kept.settle(), indices, span_cache[span], run.area_rows, run.area_cols)
+                )
+            span += 1
+        scale, shift = context["head_modulation"].unbind(0)
+        head = self.backbone.head_linear
+        return F.linear(stream.normed(scale, shift, head.weight.dtype), head.weight, head.bias).float()
+
+    def _layer(
+        self,
+        index: int,
+        stream: _Stream,
+        run: ScaleRun,
+        cos: Tensor,
+        sin: Tensor,
+        context: Context,
+        cache: KeyValueCache,
+        want_entropy: bool,
+        padded: bool,
+    ) -> Tensor | None:
+        """One block on the rows of `stream`; entropy ``[R, n]`` where wanted."""
+        layer, spec, dtype = self.layers[index], self.backbone.spec, self.backbone.dtype
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = context["modulation"][index].unbind(0)
+        n, rows, width = stream.x.shape
+        start = run.past_global if self.roles[index] == "g" else run.past_detail
+        keys, values = cache.keys[index], cache.values[index]
+        new_k, new_v = keys[start : start + n], values[start : start + n]
+
+        product = F.linear(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias)
+        q = torch.empty_like(new_k)
+        qk_norm_rope(
+            product.view(n, rows, 3, spec.heads, spec.head_dim),
+            q,
+            new_k,
+            new_v,
+            multiplier=layer.multiplier,
+            cos=cos,
+            sin=sin,
+        )
+        attended = entropy_attention(
+            q, keys[:start], values[:start], new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
+        )
+        stream.branch = F.linear(attended.out.view(n, rows, width), layer.sa_proj.weight, layer.sa_proj.bias)
+        stream.gamma = gamma1
+
+        normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, dtype, affine=True)
+        q = F.linear(normed, layer.ca_q.weight, layer.ca_q.bias).view(n, rows, spec.heads, spec.head_dim)
+        text_k, text_v = context["cross_k"][index], context["cross_v"][index]
+        if padded:
+            text = masked_attention(q, text_k, text_v, context["text_bias"])
+        else:
+            none = text_k[:0]
+            text = entropy_attention(
+                q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none"
+            ).out
+        stream.branch = F.linear(text.reshape(n, rows, width), layer.ca_proj.weight, layer.ca_proj.bias)
+
+        normed = stream.normed(scale2, shift2, dtype)
+        hidden = torch._addmm_activation(
+            layer.fc1.bias, normed.view(n * rows, width), layer.fc1.weight.t(), use_gelu=True
+        )
+        stream.branch = F.linear(hidden, layer.fc2.weight, layer.fc2.bias).view(n, rows, width)
+        stream.gamma = gamma2
+        return attended.entropy
