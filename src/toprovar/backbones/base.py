@@ -197,6 +197,13 @@ class Backbone(nn.Module, ABC):
         next_x = self.next_input(codes, constants) if "next_position" in constants else None
         return tokens, codes, next_x
 
+    def accumulate_vectors(self, vectors: Tensor, codes: Tensor, constants: Constants) -> Tensor:
+        """`accumulate` of code vectors `[B, N, latent_channels]` that need not be of the codebook.
+
+        InputError where the backbone has no codebook.
+        """
+        raise InputError(f"backbone '{self.spec.backbone}' has no codebook to mix: leave the mixture out")
+
     def initial_codes(self, images: int) -> Tensor:
         """Zeros `[B, latent_channels, h, w]` fp32."""
         return torch.zeros(images, self.spec.latent_channels, *self.spec.latent_grid, device=self.device)

@@ -110,6 +110,7 @@ def generate(
     *,
     noise: Noise | None = None,
     tokens: Sequence[Tensor] | None = None,
+    mixture: Callable[[int, Tensor], Tensor] | None = None,
     pruning: Pruning | None = None,
     entropy: EntropyMode = "none",
     record: Collection[str] = (),
@@ -123,6 +124,8 @@ def generate(
         prefix: `backbone.prefix(...)` of the condition.
         noise: uniform noise; None takes the largest logit.
         tokens: teacher forcing: the tokens of every scale run, `[B, N]` or `[B, N, bits]`; nothing is drawn.
+        mixture: what to add up instead of the codes of the tokens drawn: a function of (scale, logits `[N, R, V]`) that
+            returns vectors `[B, N, latent_channels]`; `VAR.mixed_codes` is the original's `more_smooth`.
         pruning: roles, kept tokens and scales run; None for the dense model.
         entropy: "mean" or "head" records every layer's entropy.
         record: the lists of the trace to fill besides tokens and entropy, out of `RECORDS`.
@@ -195,7 +198,10 @@ def generate(
                     raise InputError(f"noise of scale {scale} is {list(uniform.shape)}: expected {list(shape)}")
                 uniform = uniform.to(x.device, torch.float32)
             drawn = backbone.sample(output.logits, uniform, constants)
-        codes = backbone.accumulate(drawn, codes, constants)
+        if mixture is None:
+            codes = backbone.accumulate(drawn, codes, constants)
+        else:
+            codes = backbone.accumulate_vectors(mixture(scale, output.logits), codes, constants)
 
         trace.tokens.append(drawn)
         if entropy != "none":

@@ -1,20 +1,24 @@
 """Resampling of token maps as matrices: `resize(map) = rows @ map @ cols.T`, one matrix an axis.
 
 Every resize of these models is separable and has a fixed size per scale, so a graph takes two small matrices as
-input instead of a Resize node whose modes the runtimes disagree about. Each matrix reproduces
-`torch.nn.functional.interpolate` of the same mode to fp32 noise; `tests/backbones/test_resample.py` compares them.
+input instead of a Resize node whose modes the runtimes disagree about. Outside a graph `resample` calls PyTorch's
+own interpolation, as the originals do. The two differ by rounding, but cosine attention multiplies q by up to 100, and
+one unit in the last place of a code map can move a raw logit by 1e-4.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from toprovar import kernels
 
-__all__ = ["area_matrix", "bicubic_matrix", "bilinear_matrix", "resample"]
+__all__ = ["Mode", "area_matrix", "bicubic_matrix", "bilinear_matrix", "resample"]
+
+Mode = Literal["area", "bicubic", "bilinear"]
 
 
 def area_matrix(out_size: int, in_size: int) -> Tensor:
@@ -23,42 +27,30 @@ def area_matrix(out_size: int, in_size: int) -> Tensor:
 
 
 def bicubic_matrix(out_size: int, in_size: int) -> Tensor:
-    """Bicubic resize of one axis: `mode="bicubic", align_corners=False`, A = -0.75, no antialias, edges repeated.
+    """Bicubic resize of one axis, A = -0.75, `align_corners=False`, no antialias. `[out_size, in_size]` fp32.
 
-    Returns: `[out_size, in_size]` fp32, exactly the identity where the sizes are equal.
+    Exactly the identity where the sizes are equal.
     """
-    a = -0.75
-
-    def near(t: float) -> float:  # |t| <= 1
-        return ((a + 2) * t - (a + 3)) * t * t + 1
-
-    def far(t: float) -> float:  # 1 < |t| < 2
-        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
-
-    matrix = torch.zeros(out_size, in_size, dtype=torch.float64)
-    for i in range(out_size):
-        centre = (i + 0.5) * in_size / out_size - 0.5
-        left = math.floor(centre)
-        t = centre - left
-        for offset, weight in zip((-1, 0, 1, 2), (far(1 + t), near(t), near(1 - t), far(2 - t)), strict=True):
-            matrix[i, min(max(left + offset, 0), in_size - 1)] += weight
-    return matrix.float()
+    return _interpolated_identity(out_size, in_size, "bicubic")
 
 
 def bilinear_matrix(out_size: int, in_size: int) -> Tensor:
-    """Linear resize of one axis: `mode="bilinear"` (or `"trilinear"`), `align_corners=False`, no antialias.
+    """Linear resize of one axis (`mode="bilinear"`, `"trilinear"`), `align_corners=False`, no antialias; as above."""
+    return _interpolated_identity(out_size, in_size, "bilinear")
 
-    Returns: `[out_size, in_size]` fp32, exactly the identity where the sizes are equal.
+
+def _interpolated_identity(out_size: int, in_size: int, mode: Mode) -> Tensor:
+    # PyTorch's own fp32 coefficients: exact ones would differ from what the models were trained and run with by 4e-7.
+    identity = torch.eye(in_size, device="cpu")[None, None]
+    return F.interpolate(identity, size=(out_size, in_size), mode=mode, align_corners=False)[0, 0]
+
+
+def resample(maps: Tensor, rows: Tensor, cols: Tensor, mode: Mode = "bilinear") -> Tensor:
+    """Resizes `maps [B, channels, h, w]` fp32 to `[B, channels, h', w']`.
+
+    `rows [h', h]` and `cols [w', w]` are the matrices of `mode` for these sizes. A graph multiplies by them.
     """
-    matrix = torch.zeros(out_size, in_size, dtype=torch.float64)
-    for i in range(out_size):
-        centre = max((i + 0.5) * in_size / out_size - 0.5, 0.0)
-        left = min(math.floor(centre), in_size - 1)
-        matrix[i, left] += 1 - (centre - left)
-        matrix[i, min(left + 1, in_size - 1)] += centre - left
-    return matrix.float()
-
-
-def resample(maps: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
-    """`maps [..., h, w]` resized to `[..., h', w']` by `rows [h', h]` and `cols [w', w]`, in the dtype of `maps`."""
-    return rows.to(maps.dtype) @ maps @ cols.to(maps.dtype).mT
+    if torch.compiler.is_exporting():
+        return rows @ (maps @ cols.mT)
+    size = (rows.shape[0], cols.shape[0])
+    return F.interpolate(maps, size=size, mode=mode, align_corners=None if mode == "area" else False)

@@ -257,8 +257,8 @@ class VAR(Backbone):
         if self.sampling.guided:
             rows = torch.cat((labels, torch.full_like(labels, self.spec.classes)))
         class_vectors = self.class_emb(rows).float()
-        start = (self.pos_start.float() + self._position(0)).transpose(0, 1)  # [n_0, 1, C]
-        return Prefix(class_vectors + start, self._modulation(class_vectors))
+        x0 = class_vectors + self.pos_start.float().transpose(0, 1)  # [n_0, R, C]
+        return Prefix(x0 + self._position(0).transpose(0, 1), self._modulation(class_vectors))
 
     def _position(self, scale: int) -> Tensor:
         """Position and level embedding of a scale, `[1, N, C]` fp32."""
@@ -299,25 +299,31 @@ class VAR(Backbone):
         return guided.argmax(-1).transpose(0, 1).to(torch.int32)
 
     def accumulate(self, tokens: Tensor, codes: Tensor, constants: Constants) -> Tensor:
-        return self.vae.quantize.add_codes(self.vae.quantize.embedding(tokens), codes, constants)
+        return self.accumulate_vectors(self.vae.quantize.embedding(tokens), codes, constants)
 
-    def mixed_codes(self, logits: Tensor, gumbel_noise: Tensor, scale: int, constants: Constants) -> Tensor:
-        """The `more_smooth` option of the original: a mixture of codes for each token instead of the code drawn.
+    def accumulate_vectors(self, vectors: Tensor, codes: Tensor, constants: Constants) -> Tensor:
+        return self.vae.quantize.add_codes(vectors, codes, constants)
+
+    def mixed_codes(self, scale: int, logits: Tensor, gumbel_noise: Tensor) -> Tensor:
+        """What `more_smooth` of the original gives each token: a mixture of codes instead of the code drawn.
 
         Args:
-            logits: `[N, R, V]`. gumbel_noise: Gumbel(0, 1), `[N, B, V]`.
+            logits: `[N, R, V]`, conditional rows first; `[N, B, V]` if guidance is already applied.
+            gumbel_noise: Gumbel(0, 1), `[N, B, V]`.
 
-        Returns: `[B, N, latent_channels]`, for `vae.quantize.add_codes`.
+        Returns: `[B, N, latent_channels]`.
         """
         ratio = scale / max(self.spec.scales - 1, 1)
         temperature = max(0.27 * (1 - 0.95 * ratio), 0.005)
-        filtered = filter_logits(guide(logits, constants["guidance"]), self.sampling.top_k, self.sampling.top_p)
+        if logits.shape[1] != gumbel_noise.shape[1]:
+            logits = guide(logits, self.scale_constants(scale)["guidance"])
+        filtered = filter_logits(logits, self.sampling.top_k, self.sampling.top_p)
         weights = ((filtered * (1 + ratio) + gumbel_noise) / temperature).softmax(-1)
         return (weights @ self.vae.quantize.embedding.weight.float()).transpose(0, 1)
 
     def next_map(self, codes: Tensor, constants: Constants) -> Tensor:
         """The code map shrunk to the grid of the next scale, `[B, latent_channels, n', n']`."""
-        return resample(codes, constants["down_rows"], constants["down_cols"])
+        return resample(codes, constants["down_rows"], constants["down_cols"], "area")
 
     def next_input(self, codes: Tensor, constants: Constants) -> Tensor:
         vectors = self.next_map(codes, constants).flatten(2).permute(2, 0, 1)  # [N', B, channels]

@@ -283,7 +283,7 @@ class ResidualQuantizer(nn.Module):
         """
         rows, cols = constants["up_rows"], constants["up_cols"]
         maps = vectors.float().mT.reshape(vectors.shape[0], vectors.shape[2], rows.shape[1], cols.shape[1])
-        maps = resample(maps, rows, cols)
+        maps = resample(maps, rows, cols, "bicubic")
         weights, biases = self.quant_resi.stacked()
         smooth = F.conv2d(maps, weights, biases, padding=1).unflatten(1, (self.spec.phis, -1))
         smooth = (smooth * constants["phi"].reshape(-1, 1, 1, 1)).sum(1)
