@@ -1,7 +1,7 @@
 """Profile and calibration -> plan: which layers and tokens are pruned from which scale on. No PyTorch here.
 
 Three nested decisions, as in ToProVAR (sections 3.2 to 3.4): the scale depth D opens the pruning, the layer's role says
-whether it is pruned, and the token count says how far. The options and their sources are in `toprovar.profiles.profile`.
+whether it is pruned, and the token count says how far. `toprovar.profiles.profile` has the options and their sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from toprovar.profiles.profile import Depth, Profile, Roles, Tokens
 if TYPE_CHECKING:
     from rich.console import Group
 
-__all__ = ["RoleScores", "explain", "make_dense_plan", "make_plan", "rho_of_class", "role_scores", "roles_of", "savings"]
+__all__ = [
+    "RoleScores",
+    "explain",
+    "make_dense_plan",
+    "make_plan",
+    "rho_of_class",
+    "role_scores",
+    "roles_of",
+    "savings",
+]
 
 
 class _Spec(Protocol):
@@ -51,7 +60,9 @@ def make_plan(profile: Profile, calibration: Calibration, spec: _Spec | None = N
         for key in ("backbone", "depth", "width", "grids"):
             found, expected = getattr(model, key), getattr(spec, key)
             if found != expected:
-                raise FormatError(f"calibration: model.{key}: found {_text(found)}, expected {_text(expected)}, as the checkpoint has")
+                raise FormatError(
+                    f"calibration: model.{key}: found {_text(found)}, expected {_text(expected)}, as the checkpoint has"
+                )
     if unknown := sorted(set(profile.classes) - set(calibration.classes)):
         raise FormatError(
             f"{wish}: classes.{unknown[0]}: no such prompt class in the calibration; expected one of "
@@ -80,7 +91,7 @@ def make_plan(profile: Profile, calibration: Calibration, spec: _Spec | None = N
     if all(one.depth is None for one in classes.values()):
         roles = "g" * model.depth  # a graph without selection
     return Plan(
-        schema_version=SCHEMA,
+        schema=SCHEMA,
         checkpoint_sha256=calibration.checkpoint_sha256,
         model=model,
         roles=roles,
@@ -100,11 +111,13 @@ def make_dense_plan(model: ModelShape, checkpoint_sha256: str, classes: Sequence
         FormatError: the profile prunes tokens, or drops scales that the model does not have.
     """
     if profile.tokens.keep != {} or profile.classes:
-        raise FormatError(f"profile {profile.name}: tokens.keep: found pruning, expected an empty table without a calibration")
+        raise FormatError(
+            f"profile {profile.name}: tokens.keep: found pruning, expected an empty table without a calibration"
+        )
     run = _scales_run(model, profile.drop_scales, f"profile {profile.name}")
     one = ClassPlan(depth=None, scales_run=tuple(range(run)), keep=model.tokens[:run], cache_scale=None)
     return Plan(
-        schema_version=SCHEMA,
+        schema=SCHEMA,
         checkpoint_sha256=checkpoint_sha256,
         model=model,
         roles="g" * model.depth,
@@ -127,10 +140,12 @@ def _scales_run(model: ModelShape, drop: int | tuple[str, ...], wish: str) -> in
     count = drop if isinstance(drop, int) else len(drop)
     if not isinstance(drop, int) and (count > len(names) or set(drop) != set(names[len(names) - count :])):
         raise FormatError(
-            f"{wish}: drop_scales: found {', '.join(drop)}, expected the last grids of this schedule: {', '.join(names)}"
+            f"{wish}: drop_scales: found {', '.join(drop)}, expected the last ones of this schedule: {', '.join(names)}"
         )
     if count >= len(names):
-        raise FormatError(f"{wish}: drop_scales: found {count}, expected fewer than the {len(names)} scales of this schedule")
+        raise FormatError(
+            f"{wish}: drop_scales: found {count}, expected fewer than the {len(names)} scales of this schedule"
+        )
     return len(names) - count
 
 
@@ -208,7 +223,9 @@ def roles_of(roles: Roles, scores: RoleScores | None, depth: int, wish: str = "p
     """
     if roles.explicit is not None:
         if len(roles.explicit) != depth:
-            raise FormatError(f"{wish}: roles.explicit: found {len(roles.explicit)} letters, expected {depth}, one per layer")
+            raise FormatError(
+                f"{wish}: roles.explicit: found {len(roles.explicit)} letters, expected {depth}, one per layer"
+            )
         return roles.explicit
     assert scores is not None
     # 1e-9: with the median beta the middle layer is at the cut up to rounding, and is detail.
@@ -225,20 +242,23 @@ def roles_of(roles: Roles, scores: RoleScores | None, depth: int, wish: str = "p
 def _keep(
     model: ModelShape, tokens: Tokens, run: int, opening: int | None, layer_score: float, wish: str
 ) -> tuple[int, ...]:
-    """K of every scale that is run."""
+    """K of every scale that is run. `layer_score`: mean R of the detail layers."""
     names = [f"{h}x{w}" for h, w in model.grids]
     if tokens.keep is not None and (unknown := [name for name in tokens.keep if name not in names]):
-        raise FormatError(f"{wish}: tokens.keep.{unknown[0]}: no such grid in this schedule; expected {', '.join(names)}")
+        raise FormatError(
+            f"{wish}: tokens.keep.{unknown[0]}: no such grid in this schedule; expected {', '.join(names)}"
+        )
     keep = []
     for scale, count in enumerate(model.tokens[:run]):
-        if opening is None or scale < opening:
+        if opening is None or scale < max(opening, 1):  # the first scale has none before it to restore from
             fraction = 1.0
         elif tokens.keep is not None:
             fraction = tokens.keep.get(names[scale], 1.0)
         else:
             phi = (scale + 1) / len(model.grids) if tokens.scale_weight == "linear" else 1.0
-            # Ranks are 0 to 1 in equal steps, so their mean is 1/2, and with alpha_min <= alpha_max <= 1 eq. 6 clips nothing.
-            fraction = 1.0 - (tokens.alpha_min + (tokens.alpha_max - tokens.alpha_min) * phi * layer_score / 2)
+            # Ranks are 0 to 1 in equal steps, so their mean is 1/2; eq. 6 clips nothing as alpha_min <= alpha_max <= 1.
+            weight = phi * layer_score if tokens.layer_score else phi
+            fraction = 1.0 - (tokens.alpha_min + (tokens.alpha_max - tokens.alpha_min) * weight / 2)
         keep.append(min(count, max(1, math.floor(fraction * count + 0.5))))
     return tuple(keep)
 
@@ -265,12 +285,12 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
     profile, model = plan.profile, plan.model
     if calibration is not None and plan.calibration_sha256 != calibration.sha256:
         raise FormatError(
-            f"plan: calibration_sha256: found {(plan.calibration_sha256 or 'none')[:12]}, expected {calibration.sha256[:12]}, "
-            "the given calibration; make the plan again"
+            f"plan: calibration_sha256: found {(plan.calibration_sha256 or 'none')[:12]}, expected "
+            f"{calibration.sha256[:12]}, the given calibration; make the plan again"
         )
     detail = plan.roles.count("d")
     parts: list[Text | Table] = [
-        Text(f"plan {plan.sha256[:12]}: profile {profile.name}, checkpoint {plan.checkpoint_sha256[:12]} ({model.backbone})"),
+        Text(f"plan     {plan.sha256[:12]}, profile {profile.name}, {model.backbone} {plan.checkpoint_sha256[:12]}"),
         Text(f"{model.depth} layers: {model.depth - detail} global (dense), {detail} detail (pruned)"),
         Text(f"roles    {plan.roles}"),
     ]
@@ -279,8 +299,8 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
         h, w = model.grids[scores.scale]
         parts.append(
             Text(
-                f"scores   R at {h}x{w}, {profile.roles.matrix} map, beta {scores.beta:.3g}, detail from R >= {profile.roles.cut:g}: "
-                + " ".join(f"{value:.2f}" for value in scores.score)
+                f"scores   {' '.join(f'{value:.2f}' for value in scores.score)}  "
+                f"(R of the {profile.roles.matrix} map at {h}x{w}, beta {scores.beta:.3g}; detail: {profile.roles.cut:g} up)"
             )
         )
     parts.append(Text(f"restore  {plan.restore}; precision {plan.precision}"))
@@ -293,7 +313,8 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
         if options.depth.grid is not None:
             rule = f"fixed at {options.depth.grid}x{options.depth.grid}"
         else:
-            rule = f"first rho {options.depth.direction} {options.depth.tau:g} from {options.depth.min_grid}x{options.depth.min_grid}"
+            side = options.depth.min_grid
+            rule = f"first rho {options.depth.direction} {options.depth.tau:g} from {side}x{side}"
         found = "none: no scale is pruned" if one.depth is None else f"scale {one.depth} ({_grid(model, one.depth)})"
         table = Table(title=f"{name}: D = {found}; rule: {rule}", title_justify="left", title_style="bold")
         table.add_column("scale", justify="right")
@@ -307,12 +328,16 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
                     passes = _opening(model, options.depth, rho)
                     test = "D" if scale == passes else ("" if passes is not None and scale > passes else "no")
             if scale < len(one.keep):
-                kept, share, cost = str(one.keep[scale]), f"{one.keep[scale] / tokens:.0%}", _giga(flops.scales[scale].total)
+                keep = one.keep[scale]
+                decided = [str(keep), f"{keep / tokens:.0%}"]
+                style = "bold" if keep < tokens else None
+                cost = _giga(flops.scales[scale].total)
             else:
-                kept, share, cost = "dropped", "", ""
-            style = "bold" if scale < len(one.keep) and one.keep[scale] < tokens else None
-            row = [str(scale), _grid(model, scale), str(tokens), ratio, test, kept, share, _giga(dense.scales[scale].total), cost]
-            table.add_row(*row, style=style)
+                decided, style, cost = ["dropped", ""], "dim", ""
+            before = _giga(dense.scales[scale].total)
+            table.add_row(
+                str(scale), _grid(model, scale), str(tokens), ratio, test, *decided, before, cost, style=style
+            )
         parts.append(table)
         parts.append(Text(_balance(saving(model, plan.roles, one.keep))))
     return Group(*parts)
@@ -321,14 +346,13 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
 def _balance(one: Saving) -> str:
     """Where the saving comes from, dropped scales by themselves."""
     after = one.dense - one.dropped_scales
-    return "\n".join(
-        (
-            f"  dense                     {_giga(one.dense):>10} GFLOP",
-            f"  - dropped scales          {_giga(one.dropped_scales):>10}        {one.dense / after:.2f} x fewer by this alone",
-            f"  - detail layers' tokens   {_giga(one.detail_tokens):>10}        {after / one.plan:.2f} x fewer by this alone",
-            f"  = plan                    {_giga(one.plan):>10} GFLOP  {one.dense / one.plan:.2f} x fewer (transformer only, 2 rows)",
-        )
+    lines = (
+        ("dense", one.dense, "GFLOP an image (transformer, two CFG rows)"),
+        ("- dropped scales", one.dropped_scales, f"{one.dense / after:.2f} x fewer by this"),
+        ("- detail layers' tokens", one.detail_tokens, f"{after / one.plan:.2f} x fewer by this, on what was left"),
+        ("= plan", one.plan, f"{one.dense / one.plan:.2f} x fewer in all"),
     )
+    return "\n".join(f"  {what:24}{_giga(flops):>8}  {remark}" for what, flops, remark in lines)
 
 
 def _giga(flops: int) -> str:
@@ -342,5 +366,5 @@ def _grid(model: ModelShape, scale: int) -> str:
 
 def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return ", ".join("x".join(str(side) for side in grid) if isinstance(grid, tuple) else str(grid) for grid in value)
+        return ", ".join("x".join(str(side) for side in grid) for grid in value)
     return str(value)

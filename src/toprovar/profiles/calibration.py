@@ -7,7 +7,7 @@ is measured on each image by itself and then averaged over the images of a promp
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,7 +27,7 @@ from toprovar.profiles.profile import Name
 
 __all__ = ["SCHEMA", "Calibration", "Measurement", "PerLayer", "PerScale", "load_calibration", "save_calibration"]
 
-SCHEMA = "toprovar.calibration/1"
+SCHEMA: Final = "toprovar.calibration/1"
 """Changes with the format, and with any change of what is measured."""
 
 Scales = tuple[float, ...]
@@ -42,7 +42,7 @@ class PerScale(Strict):
 
 
 class PerLayer(Strict):
-    """A number per scale and layer, `[scale][layer]`, as `PerScale`. A scale where it does not exist has an empty row."""
+    """A number per scale and layer, `[scale][layer]`, as `PerScale`; an empty row where it does not exist."""
 
     mean: Layers
     sd: Layers
@@ -86,10 +86,9 @@ class Calibration(Strict):
     def _check(self) -> Calibration:
         scales, depth = len(self.model.grids), self.model.depth
         for name, one in self.classes.items():
-            if one.images != len(one.prompts) * len(self.seeds):
-                raise ValueError(
-                    f"classes.{name}.images: found {one.images}, expected {len(one.prompts)} prompts x {len(self.seeds)} seeds"
-                )
+            expected = len(one.prompts) * len(self.seeds)
+            if one.images != expected:
+                raise ValueError(f"classes.{name}.images: found {one.images}, expected {expected}, prompts times seeds")
             for key in ("rho", "rho_layers", "entropy_nats", "ratio_raw", "ratio_centred"):
                 table: PerScale | PerLayer = getattr(one, key)
                 for part, values in (("mean", table.mean), ("sd", table.sd)):
@@ -101,7 +100,9 @@ class Calibration(Strict):
                             continue
                         empty = key.startswith("ratio") and min(self.model.grids[scale]) < 2
                         if len(row) != (0 if empty else depth):
-                            raise ValueError(f"{where}.{scale}: found {len(row)} layers, expected {0 if empty else depth}")
+                            raise ValueError(
+                                f"{where}.{scale}: found {len(row)} layers, expected {0 if empty else depth}"
+                            )
             rhos = [*one.rho.mean, *(value for row in one.rho_layers.mean for value in row)]
             if not all(0 <= value <= 1 for value in rhos):
                 raise ValueError(f"classes.{name}.rho: found a ratio outside 0 to 1")
@@ -120,8 +121,8 @@ class Calibration(Strict):
         """Raises FormatError where this is a calibration of another checkpoint."""
         if sha256 != self.checkpoint_sha256:
             raise FormatError(
-                f"{source}: checkpoint_sha256: found {self.checkpoint_sha256[:12]}…, expected {sha256[:12]}…, the given "
-                "checkpoint; calibrate it, or give the checkpoint that was calibrated"
+                f"{source}: checkpoint_sha256: found {self.checkpoint_sha256[:12]}…, expected {sha256[:12]}…, "
+                "the given checkpoint; calibrate it, or give the checkpoint that was calibrated"
             )
 
 

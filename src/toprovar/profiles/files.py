@@ -43,6 +43,7 @@ __all__ = [
     "sha256_files",
     "sha256_json",
     "write_bytes",
+    "write_error",
     "write_text",
 ]
 
@@ -114,10 +115,13 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _write_error(path: Path, error: OSError) -> ToprovarError:
+def write_error(path: Path, error: OSError) -> ToprovarError:
+    """What to raise where writing `path` failed: one line that says why and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         what = _reason(error).lower()
-        return ToprovarError(f"{path}: cannot be written: {what}; nothing was left behind; free some space and try again")
+        return ToprovarError(
+            f"{path}: cannot be written: {what}; nothing was left behind; free some space and try again"
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{path}: cannot be written: {_reason(error).lower()}; choose a place that can be written")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
@@ -151,7 +155,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     os.close(handle)
     temporary = Path(name)
     try:
@@ -164,7 +168,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except OSError as error:
-        raise _write_error(target, error) from error
+        raise write_error(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -266,8 +270,8 @@ def _line(error: BaseException) -> str:
 
 
 def _validate(model: type[M], value: Any, source: str, kind: str) -> M:
-    # Through JSON, so that strict mode takes lists for tuples from TOML just as from JSON (which a "before" validator in
-    # a model would undo). NaN and Infinity pass through to pydantic, which names the key; a TOML date becomes text.
+    # Through JSON, so that strict mode takes lists for tuples from TOML just as from JSON (a "before" validator in a
+    # model would undo that). NaN and Infinity pass through to pydantic, which names the key; a TOML date becomes text.
     if not isinstance(value, dict):
         raise FormatError(f"{source}: not a {kind}: found {_shown(value)}, expected an object with keys")
     try:
@@ -326,8 +330,12 @@ def explain_validation(error: ValidationError, model: type[BaseModel]) -> str:
     """The first finding of a pydantic error in one line: key, found, expected; unknown keys get the valid ones."""
     findings = error.errors(include_url=False)
     places = [_walk(finding["loc"], model)[0] for finding in findings]
-    # An unknown key is most often a misspelt one, and then says more than the missing key that follows from it.
+    # An unknown key is most often a misspelt one, and then says more than the missing key that follows from it; of the
+    # alternatives of a union, the one that was followed deepest is the one that was meant.
     first = next((i for i, one in enumerate(findings) if one["type"] == "extra_forbidden"), 0)
+    for i, where in enumerate(places):
+        if len(where) > len(places[first]) and where[: len(places[first])] == places[first]:
+            first = i
     finding, place = findings[first], places[first]
     key = ".".join(str(part) for part in place if part != "[key]")
     if finding["type"] == "extra_forbidden":
@@ -344,7 +352,7 @@ def explain_validation(error: ValidationError, model: type[BaseModel]) -> str:
         # One finding per alternative of a union: say them all.
         expected = [_expected(one["msg"]) for one, where in zip(findings, places, strict=True) if where == place]
         text = f"{key}: found {_shown(finding['input'])}, expected {' or '.join(dict.fromkeys(expected))}"
-    more = len({tuple(where) for where in places}) - 1
+    more = sum(place[: len(where)] != where for where in {tuple(where): where for where in places}.values())
     return " ".join(text.split()) + (f" (and {more} more)" if more else "")
 
 

@@ -35,7 +35,7 @@ class ModelShape(Strict):
     """Channels of a code as the word embedding takes it."""
     grids: tuple[tuple[int, int], ...] = Field(min_length=1)
     """(h, w) of every scale, dropped ones included."""
-    text_tokens: int = Field(0, ge=0)
+    text_tokens: int = Field(default=0, ge=0)
     """Text tokens per row that cross-attention sees; 0: the model has no cross-attention. For Infinity it is the
     prompt's length, so a typical number (64) stands here, and only FLOPs depend on it."""
     shared_conditioning: bool = False
@@ -46,7 +46,9 @@ class ModelShape(Strict):
         if any(h < 1 or w < 1 for h, w in self.grids):
             raise ValueError(f"grids: found {[list(grid) for grid in self.grids]}, expected positive sizes")
         if any(a >= b for a, b in zip(self.tokens, self.tokens[1:], strict=False)):
-            raise ValueError(f"grids: found {[list(grid) for grid in self.grids]}, expected each larger than the one before")
+            raise ValueError(
+                f"grids: found {[list(grid) for grid in self.grids]}, expected each larger than the one before"
+            )
         return self
 
     @property

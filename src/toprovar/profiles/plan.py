@@ -7,7 +7,7 @@ on, and to how many tokens, is decided per prompt class. Everything is linked by
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,7 +18,7 @@ from toprovar.profiles.profile import Name, Profile, RoleString
 
 __all__ = ["SCHEMA", "ClassPlan", "Plan", "load_plan", "save_plan"]
 
-SCHEMA = "toprovar.plan/1"
+SCHEMA: Final = "toprovar.plan/1"
 
 
 class ClassPlan(Strict):
@@ -57,14 +57,16 @@ class Plan(Strict):
             raise ValueError(f"roles: found {len(self.roles)} letters, expected {self.model.depth}, one per layer")
         if self.profile_sha256 != self.profile.sha256:
             raise ValueError(
-                f"profile_sha256: found {self.profile_sha256[:12]}…, expected {self.profile.sha256[:12]}…, the hash of the "
-                "profile inside; the plan was edited: make it again"
+                f"profile_sha256: found {self.profile_sha256[:12]}…, expected {self.profile.sha256[:12]}…, "
+                "the hash of the profile inside; the plan was edited: make it again"
             )
         for name, one in self.classes.items():
             self._check_class(f"classes.{name}", one)
         pruned = any(one.depth is not None for one in self.classes.values())
         if pruned != ("d" in self.roles):
-            expected = "at least one d, since a class prunes tokens" if pruned else "only g, since no class prunes tokens"
+            expected = (
+                "at least one d, since a class prunes tokens" if pruned else "only g, since no class prunes tokens"
+            )
             raise ValueError(f"roles: found {self.roles!r}, expected {expected}")
         if pruned and self.calibration_sha256 is None:
             raise ValueError("calibration_sha256: found nothing, expected a hash: a plan that prunes has a calibration")
@@ -74,19 +76,25 @@ class Plan(Strict):
         tokens = self.model.tokens
         if one.scales_run != tuple(range(len(one.scales_run))) or len(one.scales_run) > len(tokens):
             raise ValueError(
-                f"{where}.scales_run: found {list(one.scales_run)}, expected scales 0, 1, 2, … in order, below {len(tokens)}"
+                f"{where}.scales_run: found {list(one.scales_run)}, expected 0, 1, 2, … in order, below {len(tokens)}"
             )
         if len(one.keep) != len(one.scales_run):
-            raise ValueError(f"{where}.keep: found {len(one.keep)} scales, expected {len(one.scales_run)}, those that are run")
+            raise ValueError(
+                f"{where}.keep: found {len(one.keep)} scales, expected {len(one.scales_run)}, those that are run"
+            )
         for scale, kept in enumerate(one.keep):
             if not 1 <= kept <= tokens[scale]:
                 raise ValueError(f"{where}.keep.{scale}: found {kept}, expected 1 to {tokens[scale]}")
         first = next((scale for scale, kept in enumerate(one.keep) if kept < tokens[scale]), None)
         if one.depth != first:
-            raise ValueError(f"{where}.depth: found {one.depth}, expected {first}, the first scale that keeps fewer than all")
+            raise ValueError(
+                f"{where}.depth: found {one.depth}, expected {first}, the first scale that keeps fewer than all"
+            )
         cache = first - 1 if first is not None and self.restore == "cache" else None
         if one.cache_scale != cache:
-            raise ValueError(f"{where}.cache_scale: found {one.cache_scale}, expected {cache}, the last dense scale before depth")
+            raise ValueError(
+                f"{where}.cache_scale: found {one.cache_scale}, expected {cache}, the last dense scale before depth"
+            )
 
     @property
     def sha256(self) -> str:
@@ -107,8 +115,8 @@ class Plan(Strict):
         """Raises FormatError where this is a plan of another checkpoint."""
         if sha256 != self.checkpoint_sha256:
             raise FormatError(
-                f"{source}: checkpoint_sha256: found {self.checkpoint_sha256[:12]}…, expected {sha256[:12]}…, the given "
-                "checkpoint; make a plan for it, or give the checkpoint that was planned"
+                f"{source}: checkpoint_sha256: found {self.checkpoint_sha256[:12]}…, expected {sha256[:12]}…, "
+                "the given checkpoint; make a plan for it, or give the checkpoint that was planned"
             )
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -33,7 +33,7 @@ __all__ = [
     "parse_profile",
 ]
 
-SCHEMA = "toprovar.profile/1"
+SCHEMA: Final = "toprovar.profile/1"
 SHIPPED = ("quality", "balanced", "fast", "extreme")
 """Names of the profiles that come with the package, mildest first."""
 
@@ -77,7 +77,7 @@ class Depth(Strict):
 
     The paper states both. With ``>=`` the test passes at the first few scales, since rho of most maps is near 0.5."""
 
-    min_grid: int = Field(12, ge=1)
+    min_grid: int = Field(default=12, ge=1)
     """Scales with fewer than min_grid**2 tokens are never pruned. Not in the paper, where rho alone decides; rho of
     the smallest maps is noise (it is 0 at the 1 x 1 scale), and they hold few of the FLOPs."""
 
@@ -85,14 +85,14 @@ class Depth(Strict):
     """Whose maps rho is taken from. The paper does not say. ``"mean"``: the map averaged over all layers (default); a
     list of layers: the mean of the rho of each of them."""
 
-    grid: int | None = Field(None, ge=1)
+    grid: int | None = Field(default=None, ge=1)
     """Fixed depth: D is the first scale with at least grid**2 tokens, and rho is not looked at. Not in the paper."""
 
     @model_validator(mode="after")
     def _check(self) -> Depth:
         if isinstance(self.rho, tuple):
             if not self.rho:
-                raise ValueError("rho: found an empty list, expected \"mean\" or at least one layer")
+                raise ValueError('rho: found an empty list, expected "mean" or at least one layer')
             if len(set(self.rho)) != len(self.rho):
                 raise ValueError(f"rho: found {list(self.rho)}, expected each layer once")
         return self
@@ -107,11 +107,11 @@ class Roles(Strict):
     """
 
     matrix: Literal["raw", "centred"] = "raw"
-    """``raw``: SVD of the entropy map as it is (the paper's literal rule, and the default). All entries are positive, so
-    the ratio then says how constant the map is. ``centred``: the map's mean is taken off first, and the ratio says how
-    far one pattern of rows and columns explains the map (1.0 to 1.25 for noise)."""
+    """``raw``: SVD of the entropy map as it is (the paper's literal rule, and the default). All entries are positive,
+    so the ratio then says how constant the map is. ``centred``: the map's mean is taken off first, and the ratio says
+    how far one pattern of rows and columns explains the map (1.0 to 1.25 for noise)."""
 
-    grid: int = Field(12, ge=2)
+    grid: int = Field(default=12, ge=2)
     """The representative scale: the first one with at least grid**2 tokens (the last one where none has). Paper: scale
     6, "12 x 12" if counted from 1 and "16 x 16" if from 0; it does not say which."""
 
@@ -134,9 +134,9 @@ class Tokens(Strict):
 
     ``P_keep(i) = 1 - clip(alpha_min + (alpha_max - alpha_min) q_i, 0, 1)``, ``q_i = phi(s) R h_i`` (eqs. 5 and 6). The
     paper's ``h_i`` is the entropy divided by the sum over all tokens, about 1/N, which makes eq. 6 prune every token
-    with probability alpha_min; here ``h_i`` is the rank of the token's entropy scaled to 0..1. The sum of P_keep, rounded,
-    is the fixed count K of the scale, and the K tokens of lowest entropy are kept (the paper leaves open whether to
-    sample or to threshold).
+    with probability alpha_min; here ``h_i`` is the rank of the token's entropy scaled to 0..1. The sum of P_keep,
+    rounded, is the fixed count K of the scale, and the K tokens of lowest entropy are kept (the paper leaves open
+    whether to sample or to threshold).
     """
 
     alpha_min: Fraction = 0.4
@@ -160,7 +160,9 @@ class Tokens(Strict):
     @model_validator(mode="after")
     def _check(self) -> Tokens:
         if self.alpha_min > self.alpha_max:
-            raise ValueError(f"alpha_min: found {self.alpha_min}, expected at most alpha_max, which is {self.alpha_max}")
+            raise ValueError(
+                f"alpha_min: found {self.alpha_min}, expected at most alpha_max, which is {self.alpha_max}"
+            )
         return self
 
 
@@ -173,7 +175,7 @@ class QualityFloor(Strict):
     ssim: Fraction | None = None
     """Mean structural similarity to the dense picture of the same noise."""
 
-    psnr_db: float | None = Field(None, ge=0)
+    psnr_db: float | None = Field(default=None, ge=0)
     """Mean peak signal-to-noise ratio to the dense picture of the same noise, in dB."""
 
 
@@ -202,8 +204,8 @@ class Profile(Strict):
     too; 0 is the default, because most of the speed of such a setting is this switch and not the pruning."""
 
     restore: Literal["cache", "identity"] = "cache"
-    """What a pruned token gets from a span of detail layers. The paper does not say. ``cache``: the span's branch output
-    at the last dense scale, resized by area (FastVAR's rule, default); ``identity``: nothing."""
+    """What a pruned token gets from a span of detail layers. The paper does not say. ``cache``: the span's branch
+    output at the last dense scale, resized by area (FastVAR's rule, default); ``identity``: nothing."""
 
     precision: Literal["auto", "fp32", "fp16"] = "auto"
     """Of weights and activations in the graphs. ``auto``: what suits the target, fp32 for ONNX Runtime on a CPU and
@@ -268,15 +270,19 @@ def load_profile(name_or_path: str | os.PathLike[str]) -> Profile:
         return _parse(resources.files(__package__).joinpath("data", source).read_bytes(), source)
     path = Path(text)
     if path.suffix != ".toml" and path.name == text and not path.is_file():
-        raise FormatError(f"profile {text!r}: not known; expected one of {', '.join(SHIPPED)}, or the path of a .toml file")
+        raise FormatError(
+            f"profile {text!r}: not known; expected one of {', '.join(SHIPPED)}, or the path of a .toml file"
+        )
     return _parse(read_document(path, "profile"), text)
 
 
-def dense_profile(drop_scales: int | tuple[str, ...] = 0, precision: Literal["auto", "fp32", "fp16"] = "auto") -> Profile:
+def dense_profile(
+    drop_scales: int | tuple[str, ...] = 0, precision: Literal["auto", "fp32", "fp16"] = "auto"
+) -> Profile:
     """The profile that prunes nothing: the dense graph, or, with `drop_scales`, what dropping scales alone does."""
     count = drop_scales if isinstance(drop_scales, int) else len(drop_scales)
     return Profile(
-        schema_version=SCHEMA,
+        schema=SCHEMA,
         name=f"drop-{count}" if count else "dense",
         description=f"No pruning; the last {count} scales are dropped." if count else "No pruning: every scale dense.",
         tokens=Tokens(keep={}),
