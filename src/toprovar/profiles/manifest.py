@@ -22,8 +22,8 @@ What the loop relies on:
 - ``span_cache_i`` has M = hc * wc rows, where ``area_rows`` [h, hc] and ``area_cols`` [w, wc] are constants of the
   step. Behind the step that captures, hc x wc is that step's grid. Before and at it the cache is zeros, and 1 x 1 will
   do: every token is kept there, so nothing is restored.
-- A graph has one set of inputs: at the `last` step the constants of ``next_x`` describe a 1 x 1 grid (N' = 1), and
-  the loop throws the result away.
+- A graph has one set of inputs: at the `last` step the constants of ``next_x`` lead to the first scale again, and the
+  loop throws the result away.
 - `ScaleStep.constants` is for inputs of ``step`` and of ``advance`` alike; their names do not clash.
 
 ``golden.safetensors`` holds for every prompt class ``c``, with B images each: ``c/labels`` [B] int32 (text:

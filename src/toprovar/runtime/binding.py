@@ -147,7 +147,7 @@ class Binding:
         turns = []
         filled = False
         for index, step in enumerate(schedule.steps):
-            following = 1 if step.last else schedule.steps[index + 1].tokens
+            following = schedule.steps[(index + 1) % len(schedule.steps)].tokens  # unused at the last
             turns.append(self._bind_turn(index, step, following, filled))
             filled = filled or step.capture_span_delta
         return turns

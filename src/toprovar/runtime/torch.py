@@ -166,7 +166,7 @@ class Torch:
         constants = {name: tensor for name, tensor in inputs.items() if name not in own}
         noise: Any = inputs.get(Names.NOISE)
         tokens, codes, next_x = self.backbone.advance(inputs[Names.LOGITS], noise, inputs[Names.CODES], constants)
-        assert next_x is not None  # the constants of the last scale lead to a 1 x 1 grid
+        assert next_x is not None  # the constants of the last scale lead to the first
         return {Names.TOKENS: tokens, Names.CODES_OUT: codes, Names.NEXT_X: next_x}
 
     def _decoder(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
