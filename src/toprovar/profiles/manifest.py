@@ -247,7 +247,7 @@ class Provenance(_Model):
     checkpoint_sha256: Sha256
     profile: str
     profile_sha256: Sha256
-    calibration_sha256: Sha256
+    calibration_sha256: Sha256 | None  # None: a plan that prunes nothing needs none
     plan_sha256: Sha256
 
 
