@@ -39,10 +39,10 @@ from toprovar.backbones.base import (
     gumbel,
     layer_norm,
 )
-from toprovar.backbones.bsq_vae import BsqVae
-from toprovar.backbones.checkpoint import State, block_count, load_strict, require_kind, shape_of
+from toprovar.backbones.bsq_vae import VAE_WRAPPERS, BsqVae, load_bsq_vae
+from toprovar.backbones.checkpoint import State, block_count, load_strict, read_state_dict, require_kind, shape_of
 from toprovar.backbones.resample import bilinear_matrix, resample
-from toprovar.backbones.schedules import Grid, rope_indices
+from toprovar.backbones.schedules import Grid, rope_indices, schedule
 from toprovar.errors import CheckpointError, InputError
 from toprovar.kernels import entropy_attention
 
@@ -445,8 +445,8 @@ class Infinity(Backbone):
         """
         if len(condition) not in (2, 4):
             raise InputError(
-                f"prefix takes features and lengths of the text, and of a negative one if wanted: found {len(condition)} "
-                "tensors instead of 2 or 4"
+                f"prefix takes features and lengths of the text, and of a negative one if wanted: {len(condition)} "
+                "tensors were given instead of 2 or 4"
             )
         text = condition[0]
         if text.dim() != 3 or text.shape[2] != self.spec.text_width:
@@ -481,8 +481,8 @@ class Infinity(Backbone):
         return table
 
     def scale_constants(self, scale: int, following: int | None = None) -> dict[str, Tensor]:
-        """rope `[N, 1, F]`; guidance `[2]` (or `[1]`), temperature included; up_rows `[H, p*h]`, up_cols `[W, p*w]` (codes
-        of the scale to the latent grid H x W); and, where a scale follows, down_rows `[p*h', H]`, down_cols,
+        """rope `[N, 1, F]`; guidance `[2]` (or `[1]`), temperature included; up_rows `[H, p*h]`, up_cols `[W, p*w]`
+        (codes of the scale to the latent grid H x W); and, where a scale follows, down_rows `[p*h', H]`, down_cols,
         next_position `[1, 1, C]` (its level embedding)."""
         spec = self.spec
         following = scale + 1 if following is None else following
@@ -528,6 +528,13 @@ class Infinity(Backbone):
         magnitude = channels**-0.5
         return maps.reshape(-1, channels, h * patch, w * patch) * (2 * magnitude) - magnitude
 
+    def bits_to_tokens(self, bits: Tensor) -> Tensor:
+        """Bits of a latent grid `[B, p*h, p*w, d]` (`BitQuantizer`) -> tokens `[B, N, bits]`."""
+        patch = self.spec.patch
+        images, height, width, channels = bits.shape
+        cells = bits.reshape(images, height // patch, patch, width // patch, patch, channels).permute(0, 1, 3, 5, 2, 4)
+        return cells.reshape(images, -1, self.spec.bits)
+
     def accumulate(self, tokens: Tensor, codes: Tensor, constants: Constants) -> Tensor:
         rows, cols = constants["up_rows"], constants["up_cols"]
         grid = rows.shape[1] // self.spec.patch, cols.shape[1] // self.spec.patch
@@ -558,8 +565,8 @@ class Infinity(Backbone):
         Args:
             text: features `[B, T, text_width]`.
             lengths: `[B]`.
-            inputs: what `word_embed` takes, `[B, L - 1, bits]`: `words` of the accumulated codes at every scale from the
-                second.
+            inputs: what `word_embed` takes, `[B, L - 1, bits]`: `words` of the accumulated codes at every scale from
+                the second.
             drop: `[B]` bool, images whose text is replaced by the learned unconditional one.
             scales: how many of the schedule's scales L counts; all by default.
 
@@ -752,7 +759,10 @@ def build_infinity(
 ) -> Infinity:
     """A model of the sizes found in `state`, on the meta device but for `vae`; `state` gets the names used here.
 
-    The arguments are those of `load_infinity`.
+    Args:
+        grids: token grids of all scales.
+        rope_grid: that RoPE positions are stretched to.
+        sampling, level_every_chunk, text_maximum_tokens: see `load_infinity`.
     """
     sizes = read_sizes(state, path)
     if text_maximum_tokens is not None:
@@ -765,49 +775,64 @@ def build_infinity(
 
 
 def load_infinity(
-    state: State,
-    path: str | Path,
-    vae: BsqVae,
+    checkpoint: str | Path,
+    vae: str | Path,
     *,
-    grids: Sequence[Grid],
-    rope_grid: Grid,
+    aspect: str | float = "1.0",
+    resolution: str = "1M",
+    grids: Sequence[Grid] | None = None,
+    rope_grid: Grid | None = None,
     sampling: Sampling | None = None,
     level_every_chunk: bool = False,
     text_maximum_tokens: int | None = None,
+    encoder: bool = False,
     dtype: torch.dtype = torch.float32,
+    vae_dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Infinity:
-    """Loads a transformer from the tensors of its file (`read_state_dict(path, CHECKPOINT_WRAPPERS)`), and consumes them.
+    """Loads a released or trained checkpoint and its VAE, in evaluation mode; every key must be accounted for.
 
     Args:
-        vae: of `load_bsq_vae`, on the same device.
-        grids, rope_grid: of `schedules.schedule`; the file does not hold a schedule.
-        sampling: the released settings by default.
+        checkpoint: `infinity_2b_reg.pth`, the folder or index of the sharded 8B weights, a training checkpoint.
+        vae: `infinity_vae_d32reg.pth` (2B) or `infinity_vae_d56_f8_14_patchify.pth` (8B).
+        aspect, resolution: height / width and size, see `schedules.schedule`; a checkpoint holds no schedule.
+        grids, rope_grid: a schedule of one's own instead, both or neither.
+        sampling: the released settings of the model's size by default.
         level_every_chunk: the original's `add_lvl_embeding_only_first_block=0`; 1 in every release.
         text_maximum_tokens: cuts or fills up the learned unconditional text; as in the file by default.
-        dtype: of the blocks' matrices (`Infinity.set_precision`); everything else is fp32.
+        encoder: keep the VAE's encoder, which only training needs.
+        dtype: of the blocks' matrices (`Infinity.set_precision`); the rest of the transformer is fp32.
+        vae_dtype: of the VAE.
 
     Raises:
-        CheckpointError: another model's file, a VAE that does not belong to it, missing or left-over keys (listed).
+        InputError: an unknown aspect ratio or resolution.
+        CheckpointError: a file that is missing, truncated, unsafe, of another model, or incomplete; two files that do
+            not belong together.
     """
+    if (grids is None) != (rope_grid is None):
+        raise InputError("grids and rope_grid: give both, or neither for a schedule of the original")
+    if grids is None or rope_grid is None:
+        chosen = schedule(aspect, resolution)
+        grids, rope_grid = chosen.grids, chosen.rope_grid
+    state = read_state_dict(checkpoint, CHECKPOINT_WRAPPERS)
+    tokenizer = load_bsq_vae(read_state_dict(vae, VAE_WRAPPERS), vae, encoder=encoder, dtype=vae_dtype, device=device)
     model = build_infinity(
         state,
-        path,
-        vae,
+        checkpoint,
+        tokenizer,
         grids=grids,
         rope_grid=rope_grid,
         sampling=sampling,
         level_every_chunk=level_every_chunk,
         text_maximum_tokens=text_maximum_tokens,
     )
-    del model.vae  # loaded already, and no part of this file
     load_strict(
         model,
         state,
-        path,
+        checkpoint,
         ignore=ignorable,
+        elsewhere=("vae.",),
         dtype=lambda name: dtype if _is_matrix(name) else torch.float32,
         device=device,
     )
-    model.vae = vae
     return model.eval().requires_grad_(False)
