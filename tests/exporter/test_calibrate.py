@@ -187,6 +187,23 @@ def test_nothing_is_left_where_nothing_was_finished(backbone, tmp_path, monkeypa
         measure(backbone, tmp_path / "no" / "c.json")
 
 
+def test_a_disk_that_fills_up_keeps_what_was_finished(backbone, tmp_path, monkeypatch):
+    calls, fsync = [], os.fsync
+
+    def filling(handle):
+        calls.append(handle)
+        if len(calls) == 4:  # the key, two batches, and then no more
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", filling)
+    with pytest.raises(ToprovarError, match="no space left on device; 2 finished batches are kept; free some space"):
+        measure(backbone, tmp_path / "c.json")
+    rest = Interrupted()
+    assert timeless(measure(backbone, tmp_path / "c.json", rest)) == timeless(measure(backbone))
+    assert rest.calls == 2 and os.listdir(tmp_path) == ["c.json"]
+
+
 # ---------------------------------------------------------------------------------------------- mistakes
 
 

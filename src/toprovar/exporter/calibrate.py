@@ -180,7 +180,8 @@ class _Partial:
             try:
                 self._append({"batch": batch, "images": images})
             except OSError as error:
-                raise write_error(self.path, error) from error
+                left = f"{len(self.batches)} finished batches are kept" if self.batches else "nothing was left behind"
+                raise write_error(self.path, error, left) from error
         self.batches[batch] = images
 
     def discard(self) -> None:

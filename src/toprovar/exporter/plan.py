@@ -296,11 +296,11 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
     ]
     if calibration is not None and profile.roles.explicit is None and min(model.grids[-1]) >= 2:
         scores = role_scores(calibration, profile.roles)
-        h, w = model.grids[scores.scale]
+        (h, w), cut = model.grids[scores.scale], profile.roles.cut
         parts.append(
             Text(
                 f"scores   {' '.join(f'{value:.2f}' for value in scores.score)}  "
-                f"(R of the {profile.roles.matrix} map at {h}x{w}, beta {scores.beta:.3g}; detail: {profile.roles.cut:g} up)"
+                f"(R of the {profile.roles.matrix} map at {h}x{w}, beta {scores.beta:.3g}; detail: R >= {cut:g})"
             )
         )
     parts.append(Text(f"restore  {plan.restore}; precision {plan.precision}"))

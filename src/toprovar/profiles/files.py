@@ -115,13 +115,11 @@ def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def write_error(path: Path, error: OSError) -> ToprovarError:
+def write_error(path: Path, error: OSError, left: str = "nothing was left behind") -> ToprovarError:
     """What to raise where writing `path` failed: one line that says why and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         what = _reason(error).lower()
-        return ToprovarError(
-            f"{path}: cannot be written: {what}; nothing was left behind; free some space and try again"
-        )
+        return ToprovarError(f"{path}: cannot be written: {what}; {left}; free some space and try again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return InputError(f"{path}: cannot be written: {_reason(error).lower()}; choose a place that can be written")
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
