@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -117,14 +118,14 @@ class _Partial:
     def __init__(self, path: Path | None, key: str):
         self.path, self.key = path, key
         self.batches: dict[int, list[dict[str, Any]]] = {}
-        self.file: IO[bytes] | None = None
+        self.file: FileIO | None = None
 
     def __enter__(self) -> _Partial:
         if self.path is None:
             return self
         good = self._read()
         try:
-            self.file = open(self.path, "r+b" if good else "w+b")
+            self.file = open(self.path, "r+b" if good else "w+b", buffering=0)
             self.file.truncate(good)
             self.file.seek(good)
             if not good:
@@ -170,9 +171,16 @@ class _Partial:
 
     def _append(self, value: dict[str, Any]) -> None:
         assert self.file is not None
-        self.file.write(json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        line = json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        good = self.file.tell()
+        try:
+            rest = memoryview(line)
+            while rest:  # a disk that is nearly full takes a part of it
+                rest = rest[self.file.write(rest) :]
+            os.fsync(self.file.fileno())
+        except OSError:
+            self.file.truncate(good)
+            raise
 
     def add(self, batch: int, images: list[dict[str, Any]]) -> None:
         if self.file is not None:
