@@ -103,9 +103,9 @@ def _entropy_attention(
     shape = {"none": (0,), "mean": (r, n), "head": (r, h, n)}[entropy]
     merged = torch.empty(shape, dtype=torch.float32, device=q.device)
     triton_kernels.merge_kernel[(n, r)](
-        target, stats, out, merged, lse, n, r, h, config.splits,
-        D=d, D_PAD=triton.next_power_of_2(d), HEADS_PAD=triton.next_power_of_2(h),
-        ENTROPY=contract.ENTROPY_MODES[entropy], LSE=return_lse, num_warps=8,
+        target, stats, out, merged, lse, n, r, h, config.splits, d // 8,
+        D_PAD=contract.MAX_HEAD_DIM, HEADS_PAD=tuning.heads_pad(h),
+        ENTROPY=contract.ENTROPY_MODES[entropy], LSE=return_lse, num_warps=tuning.MERGE_WARPS,
     )  # fmt: skip
     return out, merged, lse
 
@@ -119,7 +119,7 @@ def mean_heads(per_head: Tensor) -> Tensor:
     r, h, n = per_head.shape
     mean = torch.empty((r, n), dtype=torch.float32, device=per_head.device)
     triton_kernels.mean_heads_kernel[(triton.cdiv(n, tuning.MEAN_BLOCK), r)](
-        per_head, mean, n, h, HEADS_PAD=triton.next_power_of_2(h), BLOCK=tuning.MEAN_BLOCK, num_warps=4
+        per_head, mean, n, h, HEADS_PAD=tuning.heads_pad(h), BLOCK=tuning.MEAN_BLOCK, num_warps=tuning.MEAN_WARPS
     )
     return mean
 

@@ -7,6 +7,7 @@ and a CUDA one. None is differentiable. Wrong shapes, dtypes or devices raise `I
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, TargetError
 from . import contract, portable
 
 __all__ = [
@@ -346,8 +347,19 @@ def _attention_cuda(
         and hopper.available(q.device)
         and hopper.supports(q.dtype, d, n, past_k.shape[0] + new_k.shape[0])
     ):
-        return hopper.forward(*arguments)
+        try:
+            out, given, lse = hopper.forward(*arguments)
+        except TargetError as error:  # no CUDA compiler here
+            _warn_once(f"{error}; entropy_attention runs its Triton kernel instead")
+        else:
+            none = q.new_empty(0, dtype=torch.float32)
+            return out, none if given is None else given, none if lse is None else lse
     return (_triton(q.device, d) or portable).entropy_attention(*arguments)
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
 
 
 def _select_cuda(entropy: Tensor, keep_slots: Tensor) -> Tensor:

@@ -174,11 +174,11 @@ def attention_kernel(
         if D1 > 0:
             acc1 = acc1 * inverse[:, None]
         plane = (row * heads + head) * n_queries + n
-        log2_l = tl.log2(total)
+        log2_total = tl.log2(total)
         if ENTROPY:
-            tl.store(entropy + plane, _LN2 * (log2_l - u * inverse), mask=present)
+            tl.store(entropy + plane, _LN2 * (log2_total - u * inverse), mask=present)
         if LSE:
-            tl.store(lse + plane, _LN2 * (m + log2_l), mask=present)
+            tl.store(lse + plane, _LN2 * (m + log2_total), mask=present)
     out_rows = out + item[:, None] * D
     tl.store(out_rows + c0[None, :], acc0.to(out.dtype.element_ty), mask=present[:, None] & (c0[None, :] < D))
     if D1 > 0:
@@ -187,10 +187,10 @@ def attention_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["n_queries", "rows", "heads", "splits"])
+@triton.jit(do_not_specialize=["n_queries", "rows", "heads", "splits", "head_dim8"])
 def merge_kernel(
-    parts, stats, out, entropy, lse, n_queries, rows, heads, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, HEADS_PAD: tl.constexpr, ENTROPY: tl.constexpr, LSE: tl.constexpr,
+    parts, stats, out, entropy, lse, n_queries, rows, heads, splits, head_dim8,
+    D_PAD: tl.constexpr, HEADS_PAD: tl.constexpr, ENTROPY: tl.constexpr, LSE: tl.constexpr,
 ):  # fmt: skip
     """Grid (n_queries, rows): joins the splits of all heads of one token.
 
@@ -199,6 +199,7 @@ def merge_kernel(
     """
     n = tl.program_id(0)
     row = tl.program_id(1)
+    head_dim = head_dim8 * 8
     h = tl.arange(0, HEADS_PAD)
     d = tl.arange(0, D_PAD)
     exists = h < heads
@@ -210,26 +211,27 @@ def merge_kernel(
     total = tl.zeros([HEADS_PAD], tl.float32)
     u = tl.zeros([HEADS_PAD], tl.float32)
     acc = tl.zeros([HEADS_PAD, D_PAD], tl.float32)
-    inside = exists[:, None] & (d[None, :] < D)
+    inside = exists[:, None] & (d[None, :] < head_dim)
     for split in range(splits):
         at = split * items + item
         below = tl.load(stats + at, mask=exists, other=_LOWEST) - m
         weight = tl.exp2(below)
-        part_l = tl.load(stats + splits * items + at, mask=exists, other=1.0)
-        total += weight * part_l
-        u += weight * (tl.load(stats + 2 * splits * items + at, mask=exists, other=0.0) + below * part_l)
-        acc += weight[:, None] * tl.load(parts + at[:, None] * D + d[None, :], mask=inside, other=0.0)
-    tl.store(out + item[:, None] * D + d[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
-    log2_l = tl.log2(total)
+        part_total = tl.load(stats + splits * items + at, mask=exists, other=1.0)
+        total += weight * part_total
+        u += weight * (tl.load(stats + 2 * splits * items + at, mask=exists, other=0.0) + below * part_total)
+        acc += weight[:, None] * tl.load(parts + at[:, None] * head_dim + d[None, :], mask=inside, other=0.0)
+    rows_out = out + item[:, None] * head_dim + d[None, :]
+    tl.store(rows_out, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    log2_total = tl.log2(total)
     plane = (row.to(tl.int64) * heads + h) * n_queries + n
     if ENTROPY > 0:
-        nats = tl.where(exists, _LN2 * (log2_l - u / total), 0.0)
+        nats = tl.where(exists, _LN2 * (log2_total - u / total), 0.0)
         if ENTROPY == 1:
             tl.store(entropy + row.to(tl.int64) * n_queries + n, tl.sum(nats, 0) / heads)
         else:
             tl.store(entropy + plane, nats, mask=exists)
     if LSE:
-        tl.store(lse + plane, _LN2 * (m + log2_l), mask=exists)
+        tl.store(lse + plane, _LN2 * (m + log2_total), mask=exists)
 
 
 @triton.jit(do_not_specialize=["n_queries", "heads"])
@@ -262,8 +264,7 @@ def select_kernel(entropy, indices, n_tokens, keep, BLOCK: tl.constexpr):
     # Invariant: the keep-th smallest key begins with the bits of `prefix`. Three counts travel in one integer.
     prefix = tl.full([], 0, tl.uint32)
     for step in tl.static_range(16):
-        shift: tl.constexpr = 30 - 2 * step
-        unit = 1 << shift
+        unit = 1 << (30 - 2 * step)
         one = (key < prefix + unit).to(tl.int64)
         two = (key < prefix + 2 * unit).to(tl.int64)
         three = (key < prefix + 3 * unit).to(tl.int64)

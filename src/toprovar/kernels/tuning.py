@@ -12,8 +12,11 @@ from dataclasses import dataclass
 __all__ = [
     "ARCHS",
     "GATHER_BLOCK",
+    "HEADS_PADS",
     "MAX_SPLITS",
     "MEAN_BLOCK",
+    "MEAN_WARPS",
+    "MERGE_WARPS",
     "MIN_KEYS_PER_SPLIT",
     "RESTORE_BLOCK",
     "SELECT_BLOCKS",
@@ -25,6 +28,7 @@ __all__ = [
     "Tile",
     "choose",
     "head_bucket",
+    "heads_pad",
     "nearest_arch",
     "split_head_dim",
 ]
@@ -115,6 +119,10 @@ RESTORE_BLOCK = (4, 512, 4)
 """(tokens, channels, warps) of one program: 16 elements, two 16-byte accesses in flight per thread and tensor."""
 MEAN_BLOCK = 64
 """Queries of one program of the mean over heads."""
+MEAN_WARPS = 4
+MERGE_WARPS = 8
+HEADS_PADS = (32, 64)
+"""Padded head counts compiled ahead of time; the padding is part of the summation order, so launches use them too."""
 
 
 def nearest_arch(capability: int) -> int | None:
@@ -126,6 +134,14 @@ def nearest_arch(capability: int) -> int | None:
 def head_bucket(head_dim: int) -> int:
     """The smallest head dim of the table that holds this one."""
     return next(size for size in (64, 80, 96, 128) if head_dim <= size)
+
+
+def heads_pad(heads: int) -> int:
+    """The power of two that holds the heads of one token, 32 at least."""
+    size = HEADS_PADS[0]
+    while size < heads:
+        size *= 2
+    return size
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int]:
