@@ -129,8 +129,8 @@ def main() -> None:
     stage, restarted = -1, 0.0
     while going:
         if not has_codebook and clock.share >= args.plain_share:
-            with torch.no_grad():
-                features = torch.cat([encode(pool.take(args.batch)[0]) for _ in range(6)])
+            with torch.no_grad(), team.autocast():  # not through `encode`: without gradients it would compile again
+                features = torch.cat([vae.features(pool.take(args.batch)[0]).float() for _ in range(6)])
             found = residual_vectors(vae, features)
             # Every scale has a say: the large ones would otherwise outvote those that lay out the picture.
             some = [v[torch.randperm(len(v), generator=generator, device=device)[: 24 * args.vocab]] for v in found]
