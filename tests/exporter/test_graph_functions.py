@@ -73,7 +73,8 @@ def test_entropy_is_exact_to_a_few_1e_5_nats_for_scores_of_a_hundred(level):
     inputs["q"] = inputs["q"] * 0.5 + 10
     for name in ("past_k", "new_k"):
         inputs[name] = inputs[name] * 0.2 + level / (64 * 10 * 0.125)
-    (_, entropy) = run("EntropyAttention", inputs, {"out": torch.float32, "entropy": torch.float32}, scale=0.125, entropy=1)
+    outputs = {"out": torch.float32, "entropy": torch.float32}
+    _, entropy = run("EntropyAttention", inputs, outputs, scale=0.125, entropy=1)
     _, want, _ = oracle.attention_oracle(*inputs.values(), 0.125)
     assert (entropy - want.mean(1)).abs().max() <= 5e-5
 
@@ -108,7 +109,8 @@ def test_attention_without_entropy_computes_none(tmp_path):
 
 @pytest.mark.parametrize(("images", "tokens", "keep"), [(1, 1, 1), (1, 9, 9), (2, 30, 7), (3, 17, 1)])
 def test_select_tokens_equals_the_oracle(images, tokens, keep):
-    entropy = torch.randint(0, 5, (images, tokens), generator=torch.Generator().manual_seed(tokens)).float()  # many ties
+    random = torch.Generator().manual_seed(tokens)
+    entropy = torch.randint(0, 5, (images, tokens), generator=random).float()  # many ties
     if tokens > 9:
         entropy[0, 3] = float("nan")
         entropy[-1, 4] = float("inf")

@@ -1,8 +1,8 @@
 """The ops of `kernels/contract.py` in ONNX: nodes of domain `toprovar`, and a body of standard operators for each.
 
-An exported node carries ``plugin_namespace`` and ``plugin_version``, so TensorRT takes the plugin where one is registered.
+An exported node carries ``plugin_namespace`` and ``plugin_version``: TensorRT takes the plugin where one is registered.
 Every other runtime inlines the model-local function of the same name, written here, and computes the same numbers.
-Attention without entropy has an ONNX name of its own, `CachedAttention`, with the inputs and attributes of the contract.
+Attention without entropy has an ONNX name of its own, `CachedAttention`; inputs and attributes are the contract's.
 A body is written for what runs bodies: ONNX Runtime on a CPU first, then TensorRT-RTX, whose parser takes no plugin.
 
 Rules that hold for all bodies:
@@ -21,6 +21,7 @@ from functools import cache
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from onnxscript import BOOL, FLOAT, INT32, script
 from onnxscript import opset20 as op
@@ -51,10 +52,10 @@ def EntropyAttention(
 ) -> tuple[FLOAT, FLOAT]:
     """H = -log max(p) - sum p (s - max s), the centred form: log l = -log max(p), and no term grows with the scores.
 
-    Half the cost of ReduceLogSumExp in ONNX Runtime 1.31 (25 ms against 51 to 105 for 1024 queries on 2130 keys, 2 rows,
-    4 heads of 64, two cores; 15 without entropy) and no worse than fp32 PyTorch: 1e-5 nats for scores of 100. LogSoftmax
-    is as good there, but TensorRT computes it as log(softmax), infinite where p underflows. `entropy` is 1 in every node
-    of this name; see `CachedAttention`.
+    Half the cost of ReduceLogSumExp in ONNX Runtime 1.31 (25 ms against 51 to 105 for 1024 queries on 2130 keys,
+    2 rows, 4 heads of 64, two cores; 15 without entropy) and no worse than fp32 PyTorch: 1e-5 nats for scores of 100.
+    LogSoftmax is as good there, but TensorRT computes it as log(softmax), infinite where p underflows. `entropy` is 1
+    in every node of this name; see `CachedAttention`.
     """
     keys = op.Transpose(op.Cast(op.Concat(past_k, new_k, axis=0), to=1), perm=[1, 2, 3, 0])
     values = op.Transpose(op.Cast(op.Concat(past_v, new_v, axis=0), to=1), perm=[1, 2, 0, 3])
@@ -92,8 +93,8 @@ def SelectTokens(entropy: FLOAT, keep_slots: INT32) -> INT32:
     undefined: BOOL = op.IsNaN(entropy)
     score = op.Where(undefined, op.Constant(value_float=3.0e38), entropy)
     keep = op.Shape(keep_slots)
-    lowest, index = op.TopK(score, keep, axis=1, largest=0, sorted=1)
-    ascending, order = op.TopK(op.Cast(index, to=6), keep, axis=1, largest=0, sorted=1)
+    _lowest, index = op.TopK(score, keep, axis=1, largest=0, sorted=1)
+    ascending, _order = op.TopK(op.Cast(index, to=6), keep, axis=1, largest=0, sorted=1)
     return ascending
 
 
@@ -126,7 +127,7 @@ def ScatterTokens(x: FLOAT, kept: FLOAT, indices: INT32) -> FLOAT:
 
 @script(_DOMAIN, default_opset=op)
 def RestoreTokens(x: FLOAT, kept: FLOAT, indices: INT32, cache: FLOAT, rows: FLOAT, cols: FLOAT) -> FLOAT:
-    """x + rows . cache . cols^T on the grid in two small matrix products, rounded once, then the rows of ScatterTokens."""
+    """x + rows . cache . cols^T on the grid in two small matrix products, rounded once; then as ScatterTokens."""
     x_rows = op.Shape(x, start=1, end=2)
     images = op.Shape(indices, start=0, end=1)
     one = op.Constant(value_ints=[1])
@@ -208,7 +209,8 @@ def _schema(onnx_op: _OnnxOp) -> onnx.defs.OpSchema:
     """The op as ONNX sees it, so that the exporter knows how many outputs a node has and of which types."""
     schema, spec = onnx.defs.OpSchema, onnx_op.spec
     outputs = spec.outputs[: onnx_op.outputs]
-    names = {"float32": "tensor(float)", "float16": "tensor(float16)", "bfloat16": "tensor(bfloat16)", "int32": "tensor(int32)"}
+    onnx_types = {"float32": "float", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32"}
+    names = {dtype: f"tensor({name})" for dtype, name in onnx_types.items()}
     constraints = {"T": [names[dtype] for dtype in contract.DTYPES]} | {f"T_{dtype}": [names[dtype]] for dtype in names}
     used = {_type_name(tensor) for tensor in (*spec.inputs, *outputs)}
     attributes = [
@@ -262,9 +264,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
                 f"entropy_attention(entropy={entropy!r}, return_lse={return_lse}) has no ONNX form; a graph takes "
                 "entropy 'mean' or 'none' and no log-sum-exp"
             )
+        # The torch op returns empty tensors for what is not asked for; a value without a producer stands for each.
         if entropy == "none":
-            return without(*pieces, scale=scale, entropy=modes["none"]), None, None
-        return *with_entropy(*pieces, scale=scale, entropy=modes["mean"]), None
+            return without(*pieces, scale=scale, entropy=modes["none"]), ir.Value(), ir.Value()
+        return *with_entropy(*pieces, scale=scale, entropy=modes["mean"]), ir.Value()
 
     table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.toprovar.entropy_attention.default: attention}
     for spec in contract.OPS.values():
