@@ -13,14 +13,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tests.parity import CODES, EQUAL, HIDDEN, IMAGE, Golden, Report
 from torch import Tensor
 
+from tests.parity import CODES, EQUAL, HIDDEN, IMAGE, Golden, Report
 from toprovar.backbones import infinity
 from toprovar.backbones.base import Prefix, Sampling, guide
 from toprovar.backbones.generate import Trace, generate
 from toprovar.backbones.infinity import Infinity, load_infinity
-from toprovar.backbones.resample import resample
 from toprovar.backbones.text import TextFeatures
 from toprovar.errors import ToprovarError
 
@@ -191,7 +190,7 @@ def _compare_trace(report: Report, model: Infinity, variant: str, trace: Trace) 
         constants = model.scale_constants(scale)
         report.compare(f"{variant}/codes_{scale}", model.bits_to_codes(trace.tokens[scale], spec.grids[scale]), CODES)
         if scale + 1 < spec.scales:
-            words.append(model.words(resample(codes, constants["down_rows"], constants["down_cols"])))
+            words.append(model.next_words(codes, constants))
     report.compare(f"{variant}/word_embed_in", by_row(words), CODES)
     report.compare(f"{variant}/summed_codes", trace.codes[-1], CODES)
     if trace.image is not None:
@@ -278,8 +277,7 @@ def _picture_to_bits(report: Report, model: Infinity) -> None:
     coded = model.vae.quantizer(arrays["encode/features"], latent_grids)
     report.compare("encode/codes", coded.codes, CODES)
     report.compare("encode/recon", model.vae.decode(coded.codes), IMAGE)
-    inputs = torch.cat([model.words(codes) for codes in coded.inputs]).transpose(0, 1)
-    report.compare("encode/inputs", inputs, CODES)
+    report.compare("encode/inputs", model.training_inputs(coded.inputs), CODES)
     labels = torch.cat([model.bits_to_tokens(bits) for bits in coded.bits], 1)
     report.compare("encode/labels", labels, EQUAL)
     text = TextFeatures.from_packed(arrays["text_features"], arrays["text_lens"])
@@ -288,7 +286,7 @@ def _picture_to_bits(report: Report, model: Infinity) -> None:
         report.compare("train/logits", logits, LOGITS)
 
 
-# --------------------------------------------------------------------------------------------------- looking at the text
+# ------------------------------------------------------------------------------------------------ looking at the text
 
 
 @contextmanager

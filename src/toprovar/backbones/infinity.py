@@ -481,9 +481,10 @@ class Infinity(Backbone):
         return table
 
     def scale_constants(self, scale: int, following: int | None = None) -> dict[str, Tensor]:
-        """rope `[N, 1, F]`; guidance `[2]` (or `[1]`), temperature included; up_rows `[H, p*h]`, up_cols `[W, p*w]`
-        (codes of the scale to the latent grid H x W); and, where a scale follows, down_rows `[p*h', H]`, down_cols,
-        next_position `[1, 1, C]` (its level embedding)."""
+        """rope `[N, 1, F]`; guidance `[2]` (or `[1]`), temperature included; up_rows `[H, h, p]`, up_cols `[W, w, p]`:
+        from the scale's p*h x p*w codes to the latent grid H x W; and, where a scale follows, down_rows `[h', p, H]`,
+        down_cols `[w', p, W]`, next_position `[1, 1, C]` (its level embedding). The patch p has an axis of its own, so
+        that a graph knows p*h for a multiple of p."""
         spec = self.spec
         following = scale + 1 if following is None else following
         (height, width), (h, w) = spec.latent_grid, spec.grids[scale]
@@ -492,13 +493,13 @@ class Infinity(Backbone):
         constants = {
             "rope": self.rope(scale),
             "guidance": torch.tensor(weights) / self.sampling.at("temperature", scale),
-            "up_rows": bilinear_matrix(height, spec.patch * h),
-            "up_cols": bilinear_matrix(width, spec.patch * w),
+            "up_rows": bilinear_matrix(height, spec.patch * h).unflatten(1, (h, spec.patch)),
+            "up_cols": bilinear_matrix(width, spec.patch * w).unflatten(1, (w, spec.patch)),
         }
         if following < spec.scales:
             h, w = spec.grids[following]
-            constants["down_rows"] = bilinear_matrix(spec.patch * h, height)
-            constants["down_cols"] = bilinear_matrix(spec.patch * w, width)
+            constants["down_rows"] = bilinear_matrix(spec.patch * h, height).unflatten(0, (h, spec.patch))
+            constants["down_cols"] = bilinear_matrix(spec.patch * w, width).unflatten(0, (w, spec.patch))
             constants["next_position"] = self.lvl_embed.weight[following].detach().float()[None, None]
         return {name: value.to(self.device, torch.float32) for name, value in constants.items()}
 
@@ -537,20 +538,30 @@ class Infinity(Backbone):
 
     def accumulate(self, tokens: Tensor, codes: Tensor, constants: Constants) -> Tensor:
         rows, cols = constants["up_rows"], constants["up_cols"]
-        grid = rows.shape[1] // self.spec.patch, cols.shape[1] // self.spec.patch
-        return codes + resample(self.bits_to_codes(tokens, grid), rows, cols)
+        maps = self.bits_to_codes(tokens, (rows.shape[1], cols.shape[1]))
+        return codes + resample(maps, rows.flatten(1), cols.flatten(1))
 
-    def words(self, codes: Tensor) -> Tensor:
-        """A code map at a scale's latent grid `[B, d, p*h, p*w]` -> what `word_embed` takes, `[N, B, bits]`."""
-        patch = self.spec.patch
-        images, channels, height, width = codes.shape
-        cells = codes.reshape(images, channels, height // patch, patch, width // patch, patch)
-        return cells.permute(2, 4, 0, 1, 3, 5).reshape(-1, images, self.spec.bits)
+    def next_words(self, codes: Tensor, constants: Constants) -> Tensor:
+        """What `word_embed` takes at the next scale: accumulated codes `[B, d, H, W]` -> `[N', B, bits]`."""
+        rows, cols = constants["down_rows"], constants["down_cols"]
+        maps = resample(codes, rows.flatten(0, 1), cols.flatten(0, 1))
+        return self._words(maps, (rows.shape[0], cols.shape[0]))
+
+    def _words(self, maps: Tensor, grid: Grid) -> Tensor:
+        """`[B, d, p*h, p*w]` -> `[N, B, bits]`."""
+        (h, w), patch = grid, self.spec.patch
+        cells = maps.reshape(maps.shape[0], maps.shape[1], h, patch, w, patch)
+        return cells.permute(2, 4, 0, 1, 3, 5).reshape(h * w, maps.shape[0], self.spec.bits)
 
     def next_input(self, codes: Tensor, constants: Constants) -> Tensor:
-        words = self.words(resample(codes, constants["down_rows"], constants["down_cols"]))
-        x = _linear(words, self.word_embed).float() + constants["next_position"]
+        x = _linear(self.next_words(codes, constants), self.word_embed).float() + constants["next_position"]
         return torch.cat([x] * self.branches, dim=1)
+
+    def training_inputs(self, maps: Sequence[Tensor]) -> Tensor:
+        """`MultiScaleBits.inputs` (`[B, d, p*h, p*w]` a scale from the second on) -> `inputs` of `forward_training`."""
+        patch = self.spec.patch
+        words = [self._words(m, (m.shape[2] // patch, m.shape[3] // patch)) for m in maps]
+        return torch.cat(words).transpose(0, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         return (self.vae.decode(codes) + 1) * 0.5
@@ -565,8 +576,7 @@ class Infinity(Backbone):
         Args:
             text: features `[B, T, text_width]`.
             lengths: `[B]`.
-            inputs: what `word_embed` takes, `[B, L - 1, bits]`: `words` of the accumulated codes at every scale from
-                the second.
+            inputs: what `word_embed` takes, `[B, L - 1, bits]`: `training_inputs` of what the VAE's quantiser gives.
             drop: `[B]` bool, images whose text is replaced by the learned unconditional one.
             scales: how many of the schedule's scales L counts; all by default.
 

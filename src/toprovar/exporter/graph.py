@@ -346,12 +346,10 @@ class GraphExporter:
         with FakeTensorMode(allow_non_fake_inputs=True):
             whole = {name: torch.zeros(_resolve(port, sizes), dtype=port.dtype) for name, port in self._context.items()}
             share = self.backbone.layer_context(layer, whole)
-        by_size = {sizes["R"]: "R", sizes["T"]: "T"}
         context = []
         for name, tensor in share.items():
-            # A size of the share is symbolic where it is in the whole: a share only ever loses axes.
-            symbolic = {d for d in self._context[name].dims if isinstance(d, str)} if name in self._context else set()
-            dims = tuple(by_size[n] if by_size.get(n) in symbolic else n for n in tensor.shape)
+            # A share is the whole without leading axes (the layer); what is not in the context is a weight.
+            dims = self._context[name].dims[-tensor.dim() :] if name in self._context else tuple(tensor.shape)
             context.append(_Port(name, tensor.dtype, dims))
         key = (sha256_json([_construction(block), [[p.name, str(p.dtype), list(p.dims)] for p in context]]), mode)
         if key not in self._templates:
