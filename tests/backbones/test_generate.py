@@ -99,9 +99,7 @@ def test_keeping_every_token_is_the_dense_model(model: VAR) -> None:
 def test_pruned_scales_shrink_only_the_past_of_detail_layers(model: VAR) -> None:
     keep = (1, 4, 9, 5, 12)
     pruning = Pruning("gddgd", keep, cache_scale=2)
-    trace = generate(
-        model, model.prefix(LABELS), noise=noise_of(1), pruning=pruning, record=ALL, entropy="mean"
-    )
+    trace = generate(model, model.prefix(LABELS), noise=noise_of(1), pruning=pruning, record=ALL, entropy="mean")
     for index, (n, k) in enumerate(zip(model.spec.tokens, keep, strict=True)):
         assert [h.shape[0] for h in trace.hidden[index]] == [n, k, k, n, k]
         assert [list(e.shape) for e in trace.entropy[index]] == [[4, m] for m in (n, k, k, n, k)]

@@ -10,7 +10,9 @@ MATRICES = {"area": area_matrix, "bicubic": bicubic_matrix, "bilinear": bilinear
 
 
 @pytest.mark.parametrize("mode", MATRICES)
-@pytest.mark.parametrize(("source", "target"), [((1, 1), (6, 6)), ((3, 5), (7, 8)), ((13, 16), (16, 16)), ((16, 9), (6, 5))])
+@pytest.mark.parametrize(
+    ("source", "target"), [((1, 1), (6, 6)), ((3, 5), (7, 8)), ((13, 16), (16, 16)), ((16, 9), (6, 5))]
+)
 def test_matrices_equal_interpolate(mode: str, source: tuple[int, int], target: tuple[int, int]) -> None:
     maps = torch.randn(2, 3, *source, generator=torch.Generator().manual_seed(1))
     rows, cols = (MATRICES[mode](o, i) for o, i in zip(target, source, strict=True))

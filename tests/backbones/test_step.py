@@ -29,7 +29,9 @@ def _inputs(model: VAR, roles: str, tokens: int, images: int = 2, past_g: int = 
     return x, context, [F.normalize(t, dim=-1) if i % 2 == 0 else t for i, t in enumerate(past)]
 
 
-def _attention(model: VAR, layer: int, x: Tensor, context: dict[str, Tensor], past: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _attention(
+    model: VAR, layer: int, x: Tensor, context: dict[str, Tensor], past: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """gamma1 * attention branch of a layer in plain PyTorch, and its entropy `[R, N]`."""
     gamma, _, scale, _, shift, _ = context["modulation"][layer].unbind(0)
     attention = model.blocks[layer].attn
@@ -52,7 +54,7 @@ def _area(cache: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Te
 
 
 def _by_branch(model: VAR, x: Tensor, context, past: list[Tensor], keep: int, branch_cache: list[Tensor] | None):
-    """Restores after every residual branch, as FastVAR does; gathers by Python loops. Returns x and each branch's output."""
+    """Restores after every residual branch, as FastVAR does, with loops to gather. Returns x and what each branch added."""
     images = x.shape[1] // 2
     branches, kept = [], None
     for layer, role in enumerate(ROLES):
@@ -60,7 +62,8 @@ def _by_branch(model: VAR, x: Tensor, context, past: list[Tensor], keep: int, br
             attended, entropy = _attention(model, layer, x, context, past)
             x = x + attended
             x = x + _ffn(model, layer, x, context)
-            kept = [sorted(sorted(range(x.shape[0]), key=lambda n, b=b: float(entropy[b, n]))[:keep]) for b in range(images)]
+            ranked = [sorted(range(x.shape[0]), key=entropy[b].tolist().__getitem__) for b in range(images)]
+            kept = [sorted(order[:keep]) for order in ranked]
             continue
         for branch in (_attention, _ffn):
             sub = torch.stack([x[kept[row % images], row] for row in range(x.shape[1])], 1)

@@ -1,7 +1,5 @@
-"""The architectures, in readable PyTorch with one attention seam; they load the original checkpoints.
-
-    from toprovar import backbones
-    model = backbones.load("var", "var_d16.pth", "vae_ch160v4096z32.pth")
+"""The architectures, in readable PyTorch with one attention seam; they load the original checkpoints:
+`load("var", "var_d16.pth", "vae_ch160v4096z32.pth")`.
 """
 
 from __future__ import annotations

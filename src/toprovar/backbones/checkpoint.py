@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import pickletools
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -135,16 +137,44 @@ def _read_torch(path: Path, wrappers: Sequence[Sequence[str]]) -> State:
     if not is_zip and path.open("rb").read(2) == b"PK":
         raise CheckpointError(f"{path}: truncated (its zip directory is missing): download or save it again")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols, before the error
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if name := _foreign_global(path, is_zip):
             raise CheckpointError(
-                f"{path}: holds pickled code ({code[1]}), which is never run: get the tensors alone, as safetensors"
+                f"{path}: holds pickled code ({name}), which is never run: get the tensors alone, as safetensors"
             ) from error
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({_one_line(error)})") from error
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({reason})") from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({_one_line(error)})") from error
     return _unwrap(loaded, path, wrappers)
+
+
+def _foreign_global(path: Path, is_zip: bool) -> str | None:
+    """The first class or function outside PyTorch that a pickle would import, found by reading its opcodes."""
+    strings: list[str] = []
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                member = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                stream = archive.read(member)
+        else:
+            stream = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(stream):
+            name = None
+            if opcode.name in ("GLOBAL", "INST"):
+                name = str(argument).replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":
+                name = ".".join(strings[-2:])
+            elif isinstance(argument, str):
+                strings.append(argument)
+            if name and not name.startswith(("torch.", "collections.OrderedDict")):
+                return name
+    except (OSError, ValueError, StopIteration, zipfile.BadZipFile):
+        pass  # not a pickle all the way: what torch said stands
+    return None
 
 
 def _unwrap(loaded: Any, path: Path, wrappers: Sequence[Sequence[str]]) -> State:
