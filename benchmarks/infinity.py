@@ -1,0 +1,292 @@
+"""Infinity-2B and 8B at 1024 x 1024 on one GPU: per scale, transformer, decode, total, peak memory.
+
+    python benchmarks/infinity.py --out benchmarks/results [--models 2b,8b] [--batches 1,4] [--quick]
+
+Speed does not depend on the weights, so they are random, at the true sizes. Keep ratios do depend on a calibration; random
+weights have none worth the name, so each profile's plan is made with its depth fixed at its own `min_grid` and its share
+of detail layers spread evenly over depth (`assumed_plan`). The floor of a plan is its FLOPs at the rates of a plain GEMM and
+of this project's attention, both measured in the same run. A result is checked before it is timed: the same noise gives
+the same picture twice, and the fused graphs give the logits of the plain PyTorch step within bf16 noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from toprovar.backbones.base import Sampling
+from toprovar.backbones.bsq_vae import BsqVae, VaeSpec
+from toprovar.backbones.generate import Pruning, generate
+from toprovar.backbones.infinity import Infinity, InfinitySizes
+from toprovar.backbones.infinity_graphs import InfinityGraphs
+from toprovar.backbones.schedules import schedule
+from toprovar.exporter.calibrate import model_shape
+from toprovar.kernels import entropy_attention
+from toprovar.profiles.flops import plan_flops
+from toprovar.profiles.profile import SHIPPED, Profile, load_profile
+
+TEXT_TOKENS = 64
+SIZES = {
+    "2b": (
+        InfinitySizes(32, 2048, 16, 8192, 32, 2048, 512, 16, 15, 8),
+        VaeSpec(32, 128, (1, 2, 4, 4, 4), 16),
+    ),
+    "8b": (
+        InfinitySizes(40, 3584, 28, 14336, 56, 2048, 512, 16, 15, 8),
+        VaeSpec(14, 128, (1, 2, 4, 4), 8),
+    ),
+}
+ORIGINAL_S = {"2b": 1.16, "8b": 1.74}
+"""Seconds per image of the original code on the same kind of GPU, median of 13 runs."""
+FASTVAR_S = {"2b": 0.80}
+
+
+def build(name: str) -> Infinity:
+    sizes, vae_spec = SIZES[name]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        vae = BsqVae(vae_spec)
+        grids = schedule("1.0", "1M")
+        backbone = Infinity(
+            sizes.spec(vae, grids.grids, grids.rope_grid), vae, Sampling(guidance=4.0, temperature=0.5, top_p=0.97)
+        )
+    backbone.eval().requires_grad_(False)
+    backbone.set_precision(torch.bfloat16)
+    torch.cuda.empty_cache()
+    return backbone
+
+
+def assumed_plan(profile: Profile, backbone: Infinity) -> Pruning:
+    """The profile's plan with depth at `min_grid` and the detail layers spread evenly; see the module's docstring."""
+    spec = backbone.spec
+    run = spec.scales - (profile.drop_scales if isinstance(profile.drop_scales, int) else len(profile.drop_scales))
+    share = min(profile.roles.max_detail, 0.75)
+    every = round(1 / (1 - share)) if share < 1 else spec.depth
+    roles = "".join("g" if layer % every == 0 else "d" for layer in range(spec.depth))
+    first = next(s for s, n in enumerate(spec.tokens) if n >= profile.depth.min_grid**2)
+    tokens = profile.tokens
+    keep = []
+    for scale, n in enumerate(spec.tokens):
+        phi = (scale + 1) / spec.scales if tokens.scale_weight == "linear" else 1.0
+        pruned = tokens.alpha_min + (tokens.alpha_max - tokens.alpha_min) * phi / 2
+        keep.append(n if scale < first else max(1, round((1 - pruned) * n)))
+    return Pruning(roles, tuple(keep), first - 1, "cache", tuple(range(run)))
+
+
+def median_ms(run: Callable[[], Any], repeats: int = 20) -> float:
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def rates() -> dict[str, float]:
+    """TFLOP/s of a plain bf16 GEMM and of this project's attention with entropy, on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gemm = 2 * 8192**3 / median_ms(lambda: F.linear(a, b)) / 1e9
+    q = torch.randn(4096, 2, 16, 128, device="cuda", dtype=torch.bfloat16)
+    past = [torch.randn(6425, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    new = [torch.randn(4096, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    ms = median_ms(lambda: entropy_attention(q, *past, *new, scale=0.088, entropy="mean"))
+    return {"gemm_tflops": gemm, "attention_tflops": 4 * 4096 * 10521 * 128 * 32 / ms / 1e9}
+
+
+def floor_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, float]) -> float:
+    """FLOPs of the plan at the measured rates."""
+    run = range(backbone.spec.scales) if pruning.scales_run is None else pruning.scales_run
+    flops = plan_flops(model_shape(backbone, TEXT_TOKENS), pruning.roles, [pruning.keep[s] for s in run])
+    attention = sum(s.self_attention + s.cross_attention for s in flops.scales)
+    linear = flops.total - attention
+    return images * (linear / rate["gemm_tflops"] + attention / rate["attention_tflops"]) / 1e9
+
+
+def measure(engine: InfinityGraphs, condition: tuple[torch.Tensor, ...], repeats: int) -> dict[str, Any]:
+    """Medians over whole pictures: each stage by events, the total by the host's clock."""
+    seeds = list(range(engine.images))
+    first = engine.generate(condition, seeds).clone()
+    same = torch.equal(first, engine.generate(condition, seeds))
+    finite = bool(torch.isfinite(first).all())
+    if not (same and finite):
+        raise SystemExit(f"wrong result, no speed is reported: same picture twice {same}, finite {finite}")
+    stages: dict[str, list[float]] = {name: [] for name, _ in engine.stages}
+    totals = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        engine.generate(condition, seeds)
+        torch.cuda.synchronize()
+        totals.append((time.perf_counter() - start) * 1e3)
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(engine.stages) + 1)]
+        events[0].record()
+        for (_, stage), event in zip(engine.stages, events[1:], strict=True):
+            stage()
+            event.record()
+        torch.cuda.synchronize()
+        for (name, _), a, b in zip(engine.stages, events, events[1:], strict=False):
+            stages[name].append(a.elapsed_time(b))
+    median = {name: statistics.median(values) for name, values in stages.items()}
+    ordered = sorted(totals)
+    return {
+        "total_ms": statistics.median(totals),
+        "total_ms_p20": ordered[int(0.2 * (len(ordered) - 1))],
+        "total_ms_p80": ordered[int(0.8 * (len(ordered) - 1))],
+        "transformer_ms": sum(value for name, value in median.items() if name.startswith("scale")),
+        "prefix_ms": median["prefix"],
+        "decode_ms": median["decode"],
+        "scale_ms": {name.removeprefix("scale "): value for name, value in median.items() if name.startswith("scale")},
+    }
+
+
+def check_step(backbone: Infinity) -> float:
+    """Largest difference of the fused step's logits to the plain step's over the first eight scales, over their spread."""
+    text = torch.randn(1, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
+    lengths = torch.full((1,), TEXT_TOKENS, device="cuda")
+    scales = tuple(range(8))
+    pruning = dataclasses.replace(Pruning.none(backbone.spec), scales_run=scales)
+    trace = generate(backbone, backbone.prefix(text, lengths), pruning=pruning, record=("logits",), decode=False)
+    engine = InfinityGraphs(backbone, pruning, text_tokens=TEXT_TOKENS, graphs=False)
+    prefix = backbone.prefix(text, lengths)
+    x, codes, worst = prefix.x0.clone(), backbone.initial_codes(1), 0.0
+    with torch.no_grad():
+        for index, run in enumerate(engine.runs):
+            logits = engine._step(run, x, prefix.context, engine.cache, [], padded=False)
+            expected = trace.logits[index]
+            worst = max(worst, float((logits - expected).abs().max() / expected.std()))
+            constants = engine._constants[index]
+            codes = backbone.accumulate(trace.tokens[index], codes, constants)
+            if "next_position" in constants:
+                x = backbone.next_input(codes, constants)
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--models", default="2b,8b")
+    parser.add_argument("--batches", default="1,4")
+    parser.add_argument("--quick", action="store_true", help="dense and fast, batch 1, few repeats")
+    parser.add_argument("--commit", default="", help="of the code measured, where git cannot tell")
+    arguments = parser.parse_args()
+    repeats = 5 if arguments.quick else 15
+    torch.backends.cudnn.benchmark = True
+    rate = rates()
+    commit = arguments.commit
+    if not commit:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        commit = found.stdout.strip() or "unknown"
+    report: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": commit,
+        "text_tokens": TEXT_TOKENS,
+        **rate,
+        "rows": [],
+    }
+    print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
+    for model in arguments.models.split(","):
+        backbone = build(model)
+        difference = check_step(backbone)
+        print(
+            f"{model}: fused step against the plain step, largest logit difference / spread: {difference:.3f}",
+            flush=True,
+        )
+        report[f"{model}_step_difference"] = difference
+        if difference > 0.25:
+            raise SystemExit("wrong result: no speed is reported")
+        dense = Pruning.none(backbone.spec)
+        drop_two = dataclasses.replace(dense, scales_run=tuple(range(backbone.spec.scales - 2)))
+        cases: list[tuple[str, Pruning, bool]] = [("dense", dense, True)]
+        if not arguments.quick:
+            cases += [("dense", dense, False), ("drop-last-two only", drop_two, True)]
+        for name in ("fast",) if arguments.quick else SHIPPED:
+            cases.append((name, assumed_plan(load_profile(name), backbone), True))
+        if not arguments.quick:
+            cases.append(("fast", assumed_plan(load_profile("fast"), backbone), False))
+        for images in (1,) if arguments.quick else tuple(map(int, arguments.batches.split(","))):
+            text = torch.randn(images, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
+            condition = (text, torch.full((images,), TEXT_TOKENS, device="cuda"))
+            base: float | None = None
+            for name, pruning, graphs in cases:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                try:
+                    engine = InfinityGraphs(backbone, pruning, images=images, text_tokens=TEXT_TOKENS, graphs=graphs)
+                    row = measure(engine, condition, repeats)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"{model} batch {images} {name}: out of memory", flush=True)
+                    continue
+                row |= {
+                    "model": model,
+                    "batch": images,
+                    "case": name,
+                    "cuda_graphs": graphs,
+                    "roles": pruning.roles,
+                    "keep": list(pruning.keep),
+                    "scales_run": len(pruning.scales_run or backbone.spec.grids),
+                    "floor_ms": floor_ms(backbone, pruning, images, rate),
+                    "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+                    "cache_gib": engine.cache.size_bytes / 2**30,
+                }
+                row["of_floor"] = row["floor_ms"] / row["transformer_ms"]
+                base = row["total_ms"] if base is None else base
+                row["speedup"] = base / row["total_ms"]
+                report["rows"].append(row)
+                print(
+                    f"{model} b{images} {name:20} graphs {graphs!s:5} total {row['total_ms']:8.1f} ms  transformer "
+                    f"{row['transformer_ms']:8.1f}  decode {row['decode_ms']:6.1f}  floor {row['floor_ms']:7.1f} "
+                    f"({row['of_floor']:.0%})  peak {row['peak_memory_gib']:.1f} GiB",
+                    flush=True,
+                )
+                del engine
+        del backbone
+        torch.cuda.empty_cache()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "infinity.json").write_text(json.dumps(report, indent=1) + "\n")
+    (arguments.out / "infinity.md").write_text(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table of a report, as the README shows it."""
+    lines = [
+        f"Infinity at 1024 x 1024, CFG, bf16, random weights, {report['text_tokens']} text tokens; {report['gpu']}, "
+        f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
+        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms.",
+        "",
+        "| model | batch | plan | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | to dense | peak GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in report["rows"]:
+        lines.append(
+            f"| {row['model']} | {row['batch']} | {row['case']} | {'yes' if row['cuda_graphs'] else 'no'} | "
+            f"{row['total_ms']:.1f} | {row['total_ms_p20']:.1f} – {row['total_ms_p80']:.1f} | {row['transformer_ms']:.1f} | "
+            f"{row['decode_ms']:.1f} | {row['floor_ms']:.1f} | {row['of_floor']:.0%} | {row['speedup']:.2f} | "
+            f"{row['peak_memory_gib']:.1f} |"
+        )
+    originals = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in ORIGINAL_S.items())
+    fastvar = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in FASTVAR_S.items())
+    lines += ["", f"On the same kind of GPU, batch 1: original code {originals}; FastVAR's own code {fastvar}.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
