@@ -79,19 +79,18 @@ def _entropy_attention(
     tensors = [_aligned(t, 2) for t in (q, past_k, past_v, new_k, new_v)]
     strides = [t.stride(axis) // 8 for t in tensors for axis in (0, 1)]
     d0, d1 = tuning.split_head_dim(d)
-    empty = torch.empty(0, dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty((r, h, n), dtype=torch.float32, device=q.device) if return_lse else empty
     split = config.splits > 1
-    if split:
-        target = torch.empty((config.splits, n, r, h, d), dtype=torch.float32, device=q.device)
-        stats = torch.empty((3, config.splits, n, r, h), dtype=torch.float32, device=q.device)
-        per_head = empty
-    else:
-        target, stats = out, empty
-        per_head = torch.empty((r, h, n), dtype=torch.float32, device=q.device) if entropy != "none" else empty
+
+    def floats(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = floats(r, h, n) if return_lse else floats(0)
+    per_head = floats(r, h, n) if entropy != "none" and not split else floats(0)
+    target = floats(config.splits, n, r, h, d) if split else out
+    stats = floats(3, config.splits, n, r, h) if split else floats(0)
     triton_kernels.attention_kernel[(triton.cdiv(n, tile.block_m), r * h, config.splits)](
-        *tensors, target, per_head, empty if split else lse, stats,
+        *tensors, target, per_head, lse, stats,
         scale * _LOG2_E, n, n_past, n_new, r, h, config.keys_per_split, *strides,
         D=d, D0=d0, D1=d1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         ENTROPY=split or entropy != "none", LSE=return_lse and not split, SPLIT=split,
@@ -100,8 +99,7 @@ def _entropy_attention(
     if not split:
         return out, mean_heads(per_head) if entropy == "mean" else per_head, lse
 
-    shape = {"none": (0,), "mean": (r, n), "head": (r, h, n)}[entropy]
-    merged = torch.empty(shape, dtype=torch.float32, device=q.device)
+    merged = floats(*{"none": (0,), "mean": (r, n), "head": (r, h, n)}[entropy])
     triton_kernels.merge_kernel[(n, r)](
         target, stats, out, merged, lse, n, r, h, config.splits, d // 8,
         D_PAD=contract.MAX_HEAD_DIM, HEADS_PAD=tuning.heads_pad(h),

@@ -352,9 +352,12 @@ def _attention_cuda(
         except TargetError as error:  # no CUDA compiler here
             _warn_once(f"{error}; entropy_attention runs its Triton kernel instead")
         else:
-            none = q.new_empty(0, dtype=torch.float32)
-            return out, none if given is None else given, none if lse is None else lse
+            return out, _or_empty(q, given), _or_empty(q, lse)
     return (_triton(q.device, d) or portable).entropy_attention(*arguments)
+
+
+def _or_empty(q: Tensor, tensor: Tensor | None) -> Tensor:
+    return q.new_empty(0, dtype=torch.float32) if tensor is None else tensor
 
 
 @cache

@@ -30,10 +30,11 @@ def entropy_attention(
     k = torch.cat([past_k, new_k]).permute(1, 2, 0, 3)
     v = torch.cat([past_v, new_v]).permute(1, 2, 0, 3)
     queries = q.permute(1, 2, 0, 3)
-    none = q.new_empty(0, dtype=torch.float32)
+    # Two tensors: the outputs of an op must not share memory, empty or not.
+    no_entropy, no_lse = q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
     if entropy == "none" and not return_lse:
         out = F.scaled_dot_product_attention(queries, k, v, scale=scale)
-        return out.permute(2, 0, 1, 3).contiguous(), none, none
+        return out.permute(2, 0, 1, 3).contiguous(), no_entropy, no_lse
 
     out = q.new_empty(q.shape)
     head_entropy = q.new_empty((r, h, n), dtype=torch.float32)
@@ -53,8 +54,8 @@ def entropy_attention(
         log_total = total.log().squeeze(-1)
         head_entropy[:, :, piece] = log_total - u / total.squeeze(-1)
         lse[:, :, piece] = highest.squeeze(-1) + log_total
-    given = {"none": none, "mean": head_entropy.mean(1), "head": head_entropy}[entropy]
-    return out, given, lse if return_lse else none
+    given = {"none": no_entropy, "mean": head_entropy.mean(1), "head": head_entropy}[entropy]
+    return out, given, lse if return_lse else no_lse
 
 
 def select_tokens(entropy: Tensor, keep: int) -> Tensor:
