@@ -169,7 +169,7 @@ def _model(text: str) -> onnx.ModelProto:
         "last": np.array([-1]),
         "head": head,
         "enlarge": ENLARGE,
-        "enlarge_t": ENLARGE.T.copy(),
+        "enlarge_t": 0.1 * ENLARGE.T,
     }
     used = {name for node in model.graph.node for name in node.input}
     for name in sorted(used & set(constants)):
@@ -362,5 +362,5 @@ def reference(schedule: TinySchedule, label: int, seed: int) -> TinyTrace:
         if s + 1 < len(schedule.keep):
             pooled = codes.reshape(-1) @ tensors[f"down_{s + 1}"]
             x = np.cos(np.stack([pooled, pooled], 1)[..., None] + iota)
-    image = np.repeat(1 / (1 + np.exp(-(ENLARGE @ codes @ ENLARGE.T))), 3, axis=0)
+    image = np.repeat(1 / (1 + np.exp(-(ENLARGE @ codes @ (0.1 * ENLARGE.T)))), 3, axis=0)
     return TinyTrace(tokens, codes, image.astype(np.float32))

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from toprovar.errors import InputError, TargetError
+from toprovar.errors import TargetError
 from toprovar.profiles.files import write_bytes
 from toprovar.runtime.target import Array
 
@@ -34,13 +34,7 @@ def png(pixels: Array) -> bytes:
 
 
 def save(path: Path | str, pixels: Array) -> None:
-    """Write `[height, width, 3]` uint8 as a PNG file, atomically.
-
-    Raises:
-        InputError: the name does not end in .png.
-    """
-    if Path(path).suffix.lower() != ".png":
-        raise InputError(f"{path}: pictures are written as PNG; give a name that ends in .png")
+    """Write `[height, width, 3]` uint8 as a PNG file, atomically."""
     write_bytes(path, png(pixels))
 
 

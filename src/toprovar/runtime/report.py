@@ -99,14 +99,8 @@ def make(
 
 
 def write(report: Report, path: Path | str) -> tuple[Path, ...]:
-    """Write ``<path>`` (HTML, with the pictures inside), and beside it the same as Markdown, JSON and PNG.
-
-    Raises:
-        InputError: the name does not end in .html.
-    """
+    """Write ``<path>`` (HTML, with the pictures inside), and beside it the same as Markdown, JSON and PNG."""
     place = Path(path)
-    if place.suffix.lower() not in (".html", ".htm"):
-        raise InputError(f"{place}: a report is written as HTML; give a name that ends in .html")
     image, text, data = (place.with_suffix(suffix) for suffix in (".png", ".md", ".json"))
     png = pictures.png(report.grid)
     write_bytes(image, png)

@@ -1,0 +1,5 @@
+"""``python -m toprovar`` is the command ``toprovar``."""
+
+from toprovar.cli import main
+
+main()
