@@ -1,8 +1,8 @@
 """Edits of an ONNX graph in memory, each with a precondition and a postcondition.
 
-torch.onnx gives a correct graph with names of its own, weights that are transposed at run time, and traces of the source
-code. These edits make it the graph that is shipped. An edit either leaves a graph that it has checked, or raises; what it
-raises is a defect of toprovar (or news from PyTorch), never a user's mistake.
+torch.onnx gives a correct graph with names of its own, weights that are transposed at run time, and traces of the
+source code. These edits make it the graph that is shipped. An edit leaves a graph that it has checked, or raises; what
+it raises is a defect of toprovar (or news from PyTorch), never a user's mistake.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import onnx
 import onnx_ir as ir
@@ -286,7 +287,9 @@ def drop_broadcast_expands(model: ir.Model) -> int:
         if node.op_type != "Expand" or node.outputs[0].is_graph_output() or not node.outputs[0].uses():
             continue
         source, expanded = node.inputs[0], node.outputs[0]
-        if source is None or expanded.shape is None or not all(_broadcasts(use.node, expanded) for use in expanded.uses()):
+        if source is None or expanded.shape is None:
+            continue
+        if not all(_broadcasts(use.node, expanded) for use in expanded.uses()):
             continue
         for use in list(expanded.uses()):
             use.node.replace_input_with(use.idx, source)
@@ -397,8 +400,8 @@ def _reshape_size(after: int | ir.SymbolicDim, before: int | ir.SymbolicDim | No
 def weights_as_inputs(model: ir.Model, weights: Collection[str]) -> Iterator[None]:
     """While this is open, weights are inputs that nothing is known of.
 
-    An optimiser would fold them, which copies them, and would merge those of equal content: two biases of zeros would be
-    one, in the template of a layer too, whose copies have other weights.
+    An optimiser would fold them, which copies them, and would merge those of equal content: two biases of zeros would
+    be one, in the template of a layer too, whose copies have other weights.
 
     Raises:
         PreconditionError: a name is no weight of the graph.
@@ -406,7 +409,7 @@ def weights_as_inputs(model: ir.Model, weights: Collection[str]) -> Iterator[Non
     graph = model.graph
     absent = sorted(set(weights) - set(graph.initializers))
     _require(not absent, "weights_as_inputs", f"no such weights: {', '.join(absent[:3])}")
-    held = [(graph.initializers[name], graph.initializers[name].const_value) for name in graph.initializers if name in weights]
+    held = [(value, value.const_value) for name, value in graph.initializers.items() if name in weights]
     for value, _ in held:
         del graph.initializers[str(value.name)]
         value.const_value = None
@@ -453,7 +456,7 @@ def transpose_weights(model: ir.Model) -> int:
         for use in list(output.uses()):
             use.node.replace_input_with(use.idx, made[name])
         graph.remove(node, safe=True)
-    drop_unused_weights(graph)
+    drop_unused(model, inputs=False)
     left = [
         node.name
         for node in graph
@@ -461,12 +464,6 @@ def transpose_weights(model: ir.Model) -> int:
     ]
     _ensure(not left, "transpose_weights", f"weights transposed twice: {left[:3]}")
     return len(made)
-
-
-def drop_unused_weights(graph: ir.Graph) -> None:
-    """Drop initializers that nothing reads."""
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
-        del graph.initializers[name]
 
 
 def _transposed(weight: ir.Value, name: str) -> ir.Value:
@@ -514,7 +511,8 @@ def attach_functions(model: ir.Model, protos: Mapping[str, onnx.FunctionProto], 
         function = ir.serde.deserialize_function(protos[name])
         for imported, version in function.opset_imports.items():
             found = model.opset_imports.setdefault(imported, version)
-            _require(found == version, "attach_functions", f"opset {imported or 'ai.onnx'} is {found}, {name} has {version}")
+            what = f"opset {imported or 'ai.onnx'}"
+            _require(found == version, "attach_functions", f"{what} is {found}, the function {name} has {version}")
         model.functions[function.identifier()] = function
     if used:
         model.opset_imports[domain] = next(iter(model.functions.values())).opset_imports.get(domain, 1)
@@ -524,7 +522,7 @@ def attach_functions(model: ir.Model, protos: Mapping[str, onnx.FunctionProto], 
 
 @dataclass(frozen=True)
 class BlockTemplate:
-    """One transformer layer, traced once: its inputs are those of the `BLOCK` node, its weights are named in the layer."""
+    """One transformer layer, traced once: inputs and outputs are the `BLOCK` node's, weights are named within."""
 
     model: ir.Model
     weights: frozenset[str]
@@ -561,7 +559,7 @@ def expand_blocks(
                 "expand_blocks",
                 f"layer {layer} has {len(found)} {kind}, its template has {len(expected)}",
             )
-        _expand(graph, node, f"blocks.{layer}", template, given, lambda name, layer=layer: weight(layer, name))
+        _expand(graph, node, f"blocks.{layer}", template, given, partial(weight, layer))
     left = [node.name for node in graph if (node.domain, node.op_type) == BLOCK]
     _ensure(not left, "expand_blocks", f"layers left: {left}")
     model.opset_imports.pop(BLOCK[0], None)
@@ -592,11 +590,9 @@ def _expand(
         mapped[value] = copied
     copies = []
     for original in inner:
-        _require(
-            not any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in original.attributes.values()),
-            "expand_blocks",
-            f"{original.name} has a subgraph",
-        )
+        kinds = {attribute.type for attribute in original.attributes.values()}
+        subgraphs = kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
+        _require(not subgraphs, "expand_blocks", f"{original.name} has a subgraph")
         copy = ir.Node(
             original.domain,
             original.op_type,

@@ -14,8 +14,6 @@ until it is written.
 from __future__ import annotations
 
 import logging
-import math
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,7 +47,7 @@ EXTERNAL_DATA_BYTES = 1_800_000_000
 """Weights above this go to a file of their own: a protobuf, graph and all, ends at 2^31 bytes."""
 
 _IR_VERSION = 10
-"""What ONNX 1.16 wrote first: every runtime of the last two years reads it, and functions may have default attributes."""
+"""Of ONNX 1.16: runtimes of the last two years read it. Default attributes of functions came with 9."""
 
 # Sizes while tracing. Those of different dimensions differ, and none is 0 or 1, which torch.export takes for constants.
 _SIZES = {"N": 6, "K": 3, "P": 7, "P_global": 7, "P_detail": 5, "M": 4, "h": 2, "w": 3, "hc": 8, "wc": 9}
@@ -101,14 +99,17 @@ class GraphExporter:
             roles = "g" * self.backbone.spec.depth if roles is None else roles
             key = (name, roles, restore if "d" in roles else "cache")
         if key not in self._graphs:
+            make: dict[str, Callable[[], Graph]] = {
+                "prefix": self._prefix,
+                "step": lambda: self._step(Step(self.backbone, roles, restore)),
+                "advance": self._advance,
+                "decoder": self._decoder,
+            }
             with torch.no_grad(), _quiet():
-                if name == "step":
-                    self._graphs[key] = self._step(Step(self.backbone, key[1], restore).eval())
-                else:
-                    self._graphs[key] = {"prefix": self._prefix, "advance": self._advance, "decoder": self._decoder}[name]()
+                self._graphs[key] = make[name]()
         return self._graphs[key]
 
-    # -- the four graphs ------------------------------------------------------------------------------------------------
+    # -- the four graphs ----------------------------------------------------------------------------------------------
 
     def _prefix(self) -> Graph:
         """The condition -> first input `x`, and the context by its own names."""
@@ -196,7 +197,7 @@ class GraphExporter:
 
         return self._export("decoder", forward, [port], [Names.IMAGE.value])
 
-    # -- what the backbone's tensors look like ----------------------------------------------------------------------------
+    # -- what the backbone's tensors look like ------------------------------------------------------------------------
 
     @cached_property
     def _condition(self) -> list[_Port]:
@@ -267,13 +268,14 @@ class GraphExporter:
         constants = self.backbone.scale_constants(scale, scale)
         sizes = {"N": self.backbone.spec.tokens[scale]}
         for port in self._constants:
-            sizes |= {dim: size for dim, size in zip(port.dims, constants[port.name].shape, strict=True) if isinstance(dim, str)}
+            shape = constants[port.name].shape
+            sizes |= {dim: size for dim, size in zip(port.dims, shape, strict=True) if isinstance(dim, str)}
         return sizes
 
     def _sizes(self, images: int = 2, text: int = 5) -> dict[str, int]:
         return _SIZES | {"B": images, "R": images * self.backbone.branches, "T": text}
 
-    # -- tracing ----------------------------------------------------------------------------------------------------------
+    # -- tracing ------------------------------------------------------------------------------------------------------
 
     def _export(
         self,
@@ -312,7 +314,12 @@ class GraphExporter:
         dynamic = [{a: symbols[d] for a, d in enumerate(port.dims) if isinstance(d, str)} or None for port in ports]
         program = torch.export.export(module.eval(), (example,), dynamic_shapes=(dynamic,), strict=False)
         exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, verbose=False, custom_translation_table=self._table, optimize=False
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            custom_translation_table=self._table,
+            optimize=False,
         )
         assert exported is not None
         model = exported.model
@@ -336,7 +343,7 @@ class GraphExporter:
             symbols["R"] = self.backbone.branches * images if self.backbone.branches > 1 else images
         return symbols
 
-    # -- layers -----------------------------------------------------------------------------------------------------------
+    # -- layers -------------------------------------------------------------------------------------------------------
 
     def _template(self, layer: int, mode: str) -> edits.BlockTemplate:
         """The graph of a layer; layers that are built alike share one."""
@@ -361,7 +368,7 @@ class GraphExporter:
                 x, *rest = tensors
                 given = dict(zip(share, rest, strict=False))
                 past_k, past_v, *table = rest[len(share) :]
-                output = block(x, given, past_k, past_v, rope=table[0] if table else None, entropy=cast(EntropyMode, mode))
+                output = block(x, given, past_k, past_v, rope=table[0] if table else None, entropy=mode)
                 return [t for t in output if t is not None]
 
             model = self._trace(_Traced(block, forward), ports, sizes | {"Q": sizes["R"]})
@@ -397,7 +404,8 @@ class _OpaqueBlock:
         entropy: EntropyMode = "none",
     ) -> BlockOutput:
         outputs = torch.ops.toprovar_export.block(x, list(context.values()), past_k, past_v, rope, self.layer, entropy)
-        return BlockOutput(*outputs[:3], outputs[3] if entropy != "none" else None)
+        x_out, new_k, new_v, given = outputs
+        return BlockOutput(x_out, new_k, new_v, given if entropy != "none" else None)
 
 
 class _OpaqueBlocks(nn.Module):

@@ -1,0 +1,380 @@
+"""Graphs of a bundle -> engines of a target: one optimisation profile per scale, strongly typed. No PyTorch here.
+
+A builder turns one ONNX file and the shapes it will be run with into an engine; everything else (which shapes, where
+files go, what the manifest says) is the same for every builder. TensorRT-RTX builds on a machine without a GPU, and
+knows no plugins, so it is given the function bodies.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import onnx
+import onnx.inliner
+
+from ..errors import InputError, TargetError
+from ..kernels.contract import CONTRACT_VERSION
+from ..profiles.files import sha256_file, sha256_json, write_bytes
+from ..profiles.manifest import Condition, GraphInfo, ModelInfo, ScaleStep, Schedule, TargetInfo, TensorInfo
+
+__all__ = [
+    "BUILDERS",
+    "BuiltEngine",
+    "Builder",
+    "EngineOptions",
+    "ShapeProfile",
+    "TensorRtRtxBuilder",
+    "build_engines",
+    "open_builder",
+    "shape_profiles",
+]
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """The shapes of one optimisation profile: least, best and greatest of every input; equal where it is fixed."""
+
+    least: Shapes
+    best: Shapes
+    greatest: Shapes
+
+    @classmethod
+    def fixed(cls, shapes: Shapes) -> ShapeProfile:
+        """One shape for every input."""
+        return cls(shapes, shapes, shapes)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How engines are built; part of the cache key.
+
+    Attributes:
+        batch: images per run; engines take this number alone.
+        tf32: let fp32 matrix products run in TF32. Products of fp16 values are exact in it, so an fp16 bundle loses
+            nothing but the rounding of softmax; an fp32 bundle loses 13 bits.
+        workspace_bytes: limit of scratch memory while running; None leaves it to the builder.
+        optimization_level: 0 to 5; None is the builder's default.
+        compute_capabilities: GPUs that the engine is for, like ``("8.9", "12.0")``; none: every one that the builder
+            supports (without a GPU), or the one at hand.
+    """
+
+    batch: int = 1
+    tf32: bool = True
+    workspace_bytes: int | None = None
+    optimization_level: int | None = None
+    compute_capabilities: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise InputError(f"engines for a batch of {self.batch} images; give 1 or more")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise InputError(f"optimization_level is {self.optimization_level}; valid is 0 to 5")
+
+
+@dataclass(frozen=True)
+class BuiltEngine:
+    """What a builder made of one graph."""
+
+    data: bytes
+    layers: int
+    """Of the network as it was parsed."""
+    seconds: float
+    warnings: tuple[str, ...] = field(default=(), compare=False)
+
+
+class Builder(Protocol):
+    """One target's builder."""
+
+    @property
+    def target(self) -> Literal["tensorrt", "tensorrt-rtx"]:
+        """As the manifest calls it."""
+
+    @property
+    def version(self) -> str:
+        """Of the builder's library."""
+
+    def build(self, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions) -> BuiltEngine:
+        """Build the engine of an ONNX file.
+
+        Raises:
+            TargetError: the target cannot parse or build it.
+        """
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def shape_profiles(
+    graph: GraphInfo,
+    name: str,
+    schedules: Mapping[str, Schedule],
+    constants: Mapping[str, tuple[int, ...]],
+    model: ModelInfo,
+    condition: Condition,
+    batch: int = 1,
+) -> list[ShapeProfile]:
+    """The shapes that the loop runs a graph with: one profile per scale, those of all prompt classes, each once.
+
+    Args:
+        name: prefix, step, advance or decoder.
+        constants: shapes of the tensors of ``constants.safetensors``.
+
+    Raises:
+        ValueError: an input has a size that the loop does not know (a defect of the export).
+    """
+    sizes = {"B": batch, "R": batch * model.rows_per_image}
+    longest = condition.text_maximum_tokens or 1
+    texts = {"least": 1, "best": min(64, longest), "greatest": longest}
+    turns: list[ScaleStep | None] = [None]
+    if name in ("step", "advance"):
+        turns = [step for schedule in schedules.values() for step in schedule.steps]
+    profiles: list[ShapeProfile] = []
+    for step in turns:
+        known = dict(sizes)
+        if step is not None:
+            known |= {"N": step.tokens, "K": step.keep, "P_global": step.past_global, "P_detail": step.past_detail}
+            known |= {"h": step.grid[0], "w": step.grid[1]}
+            if {"area_rows", "area_cols"} <= set(step.constants):
+                rows, cols = (constants[step.constants[key]] for key in ("area_rows", "area_cols"))
+                known["M"] = rows[1] * cols[1]
+        kinds = {
+            kind: {info.name: _shape(info, step, constants, known | {"T": text}) for info in graph.inputs}
+            for kind, text in texts.items()
+        }
+        profile = ShapeProfile(**kinds)
+        if profile not in profiles:
+            profiles.append(profile)
+    return profiles
+
+
+def _shape(
+    info: TensorInfo, step: ScaleStep | None, constants: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
+) -> tuple[int, ...]:
+    if step is not None and info.name in step.constants:
+        return constants[step.constants[info.name]]
+    unknown = [size for size in info.shape if isinstance(size, str) and size not in known]
+    if unknown:
+        raise ValueError(f"{info.name} has a size {unknown[0]!r} that no scale states; known are {', '.join(known)}")
+    return tuple(known[size] if isinstance(size, str) else size for size in info.shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All graphs of a bundle
+
+
+def build_engines(
+    builder: Builder,
+    folder: Path,
+    graphs: Mapping[str, GraphInfo],
+    schedules: Mapping[str, Schedule],
+    constants: Mapping[str, tuple[int, ...]],
+    model: ModelInfo,
+    condition: Condition,
+    options: EngineOptions | None = None,
+    *,
+    cache: Path | None = None,
+    on_engine: Callable[[str, int], None] | None = None,
+) -> TargetInfo:
+    """Build the engines of every graph into ``engines/<target>/`` of a bundle's folder.
+
+    Args:
+        folder: of the bundle, with the ONNX files.
+        cache: a folder of engines by key; what is there is not built again.
+        on_engine: called before each build with the graph's name and its number of profiles.
+
+    Returns: the target's entry of the manifest; the caller hashes the files.
+
+    Raises:
+        TargetError: the target cannot build a graph.
+    """
+    options = options or EngineOptions()
+    place = folder / "engines" / builder.target
+    place.mkdir(parents=True, exist_ok=True)
+    engines, keys = {}, {}
+    for name, graph in graphs.items():
+        profiles = shape_profiles(graph, name, schedules, constants, model, condition, options.batch)
+        keys[name] = _cache_key(builder, folder / graph.file, profiles, options)
+        kept = cache / f"{keys[name]}.engine" if cache is not None else None
+        if kept is not None and kept.is_file():
+            data = kept.read_bytes()
+        else:
+            if on_engine:
+                on_engine(name, len(profiles))
+            built = builder.build(folder / graph.file, profiles, options)
+            _log.info("%s: %d layers, %d profiles, %.1f s", name, built.layers, len(profiles), built.seconds)
+            data = built.data
+            if kept is not None:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                write_bytes(kept, data)
+        write_bytes(place / f"{name}.engine", data)
+        engines[name] = f"engines/{builder.target}/{name}.engine"
+    return TargetInfo(
+        engines=engines, version=builder.version, batch=options.batch, cache_key=sha256_json(dict(sorted(keys.items())))
+    )
+
+
+def _cache_key(builder: Builder, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions) -> str:
+    """What an engine depends on: the bytes of graph and weights, shapes, options, and versions."""
+    weights = graph.with_name(graph.name + ".data")
+    return sha256_json(
+        {
+            "graph": sha256_file(graph),
+            "weights": sha256_file(weights) if weights.is_file() else None,
+            "profiles": json.loads(json.dumps([asdict(profile) for profile in profiles])),
+            "options": asdict(options),
+            "target": builder.target,
+            "version": builder.version,
+            "contract": CONTRACT_VERSION,
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TensorRT-RTX
+
+_LONGEST_TOPK = 3840
+"""TensorRT's TopK takes no more; our selection plugin does, its function body does not."""
+
+
+class TensorRtRtxBuilder:
+    """Builds with TensorRT-RTX: no GPU needed to build, one of compute capability 7.5, 8.6, 8.9 or 12.x to run.
+
+    Raises:
+        TargetError: the package tensorrt-rtx is not installed.
+    """
+
+    target: Literal["tensorrt", "tensorrt-rtx"] = "tensorrt-rtx"
+
+    def __init__(self) -> None:
+        try:
+            import tensorrt_rtx
+        except (ImportError, OSError) as error:
+            raise TargetError(
+                f"target tensorrt-rtx: the builder cannot be imported ({error}); install it with "
+                "pip install 'toprovar[tensorrt-rtx]'"
+            ) from error
+        self._trt: Any = tensorrt_rtx
+        self.version = str(tensorrt_rtx.__version__)
+
+    def build(self, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions) -> BuiltEngine:
+        """See `Builder.build`."""
+        trt = self._trt
+        start = time.perf_counter()
+        _check_selection(graph, profiles)
+        messages = _messages(trt)
+        builder = trt.Builder(messages)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, messages)
+        with tempfile.TemporaryDirectory() as scratch:
+            inlined = _inlined(graph, Path(scratch))
+            parsed = parser.parse(inlined.read_bytes(), str(graph))
+        if not parsed:
+            errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+            raise TargetError(f"target tensorrt-rtx: cannot parse {graph.name}: {_first(errors + messages.errors)}")
+        config = builder.create_builder_config()
+        self._configure(config, options)
+        for shapes in profiles:
+            profile = builder.create_optimization_profile()
+            for i in range(network.num_inputs):
+                tensor = network.get_input(i)
+                if -1 in tuple(tensor.shape):
+                    name = tensor.name
+                    profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
+            if config.add_optimization_profile(profile) < 0:
+                raise TargetError(f"target tensorrt-rtx: {graph.name} refuses the shapes {dict(shapes.best)}")
+        data = builder.build_serialized_network(network, config)
+        if data is None:
+            raise TargetError(f"target tensorrt-rtx: cannot build {graph.name}: {_first(messages.errors)}")
+        return BuiltEngine(bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings))
+
+    def _configure(self, config: Any, options: EngineOptions) -> None:
+        trt = self._trt
+        if options.tf32:
+            config.set_flag(trt.BuilderFlag.TF32)
+        else:
+            config.clear_flag(trt.BuilderFlag.TF32)
+        if options.workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.compute_capabilities:
+            known = {_dotted(name): name for name in vars(trt.ComputeCapability) if name.startswith("SM")}
+            unknown = [one for one in options.compute_capabilities if one not in known]
+            if unknown:
+                valid = ", ".join(sorted(known))
+                raise InputError(f"compute capability {unknown[0]!r}: TensorRT-RTX builds for {valid}")
+            config.num_compute_capabilities = len(options.compute_capabilities)
+            for i, one in enumerate(options.compute_capabilities):
+                config.set_compute_capability(getattr(trt.ComputeCapability, known[one]), i)
+
+
+def _dotted(name: str) -> str:
+    """SM89 -> 8.9, SM120 -> 12.0"""
+    return f"{name[2:-1]}.{name[-1]}"
+
+
+def _messages(trt: Any) -> Any:
+    """A logger that keeps warnings and errors, for one-line errors of ours."""
+
+    class Messages(trt.ILogger):
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+            elif severity == trt.ILogger.WARNING:
+                self.warnings.append(message)
+                _log.debug("%s", message)
+
+    return Messages()
+
+
+def _first(messages: Sequence[str]) -> str:
+    return " ".join(messages[0].split())[:500] if messages else "the builder gave no reason"
+
+
+def _inlined(graph: Path, scratch: Path) -> Path:
+    """A copy without functions, every node with a name of its own; external weights stay where they are."""
+    model = onnx.load(str(graph), load_external_data=False)
+    inlined = scratch / graph.name
+    onnx.save(onnx.inliner.inline_local_functions(model), str(inlined))
+    return inlined
+
+
+def _check_selection(graph: Path, profiles: Sequence[ShapeProfile]) -> None:
+    most = max((shapes.greatest["keep_slots"][0] for shapes in profiles if "keep_slots" in shapes.greatest), default=0)
+    if most > _LONGEST_TOPK:
+        raise TargetError(
+            f"target tensorrt-rtx: {graph.name} keeps {most} tokens at a scale; TensorRT's TopK ends at "
+            f"{_LONGEST_TOPK}; keep fewer in the profile, drop that scale, or use a target with the selection plugin"
+        )
+
+
+BUILDERS: dict[str, Callable[[], Builder]] = {"tensorrt-rtx": TensorRtRtxBuilder}
+"""Target -> its builder."""
+
+
+def open_builder(target: str) -> Builder:
+    """The builder of a target.
+
+    Raises:
+        TargetError: engines cannot be built for it, or its builder is not installed.
+    """
+    if target not in BUILDERS:
+        raise TargetError(f"target {target!r}: no engines are built for it; valid: {', '.join(BUILDERS)}")
+    return BUILDERS[target]()
