@@ -171,6 +171,8 @@ def _wrong_sizes(model: VAR, config: dict[str, Any]) -> list[str]:
         "share_quant_resi": vae.phis,
         "num_res_blocks": vae.res_blocks,
     }
+    if config.get("share_quant_resi") == 0:  # a phi for every scale
+        config = config | {"share_quant_resi": spec.scales}
     return [f"{name} {value}, not {config[name]}" for name, value in found.items() if config.get(name, value) != value]
 
 

@@ -54,7 +54,7 @@ def _area(cache: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Te
 
 
 def _by_branch(model: VAR, x: Tensor, context, past: list[Tensor], keep: int, branch_cache: list[Tensor] | None):
-    """Restores after every residual branch, as FastVAR does, with loops to gather. Returns x and what each branch added."""
+    """Restores after every residual branch, as FastVAR does, by loops. Returns x and what each branch added."""
     images = x.shape[1] // 2
     branches, kept = [], None
     for layer, role in enumerate(ROLES):
