@@ -3,7 +3,8 @@
 A bundle is a folder::
 
     manifest.json             this file
-    plan.json profile.toml calibration.json
+    plan.json                 what was decided, with the profile in it
+    calibration.json          what was measured, where the plan needed it
     prefix.onnx step.onnx advance.onnx decoder.onnx (+ *.data for weights above 2 GB)
     constants.safetensors     small tensors of each scale (resampling matrices, positions, guidance, ...)
     golden.safetensors        a golden trace: noise seeds, tokens per scale, codes, image
