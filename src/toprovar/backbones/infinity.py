@@ -539,12 +539,12 @@ class Infinity(Backbone):
     def accumulate(self, tokens: Tensor, codes: Tensor, constants: Constants) -> Tensor:
         rows, cols = constants["up_rows"], constants["up_cols"]
         maps = self.bits_to_codes(tokens, (rows.shape[1], cols.shape[1]))
-        return codes + resample(maps, rows.flatten(1), cols.flatten(1))
+        return codes + resample(maps, rows.flatten(1), cols.flatten(1), "bilinear")
 
     def next_words(self, codes: Tensor, constants: Constants) -> Tensor:
         """What `word_embed` takes at the next scale: accumulated codes `[B, d, H, W]` -> `[N', B, bits]`."""
         rows, cols = constants["down_rows"], constants["down_cols"]
-        maps = resample(codes, rows.flatten(0, 1), cols.flatten(0, 1))
+        maps = resample(codes, rows.flatten(0, 1), cols.flatten(0, 1), "bilinear")
         return self._words(maps, (rows.shape[0], cols.shape[0]))
 
     def _words(self, maps: Tensor, grid: Grid) -> Tensor:

@@ -45,7 +45,7 @@ def _interpolated_identity(out_size: int, in_size: int, mode: Mode) -> Tensor:
     return F.interpolate(identity, size=(out_size, in_size), mode=mode, align_corners=False)[0, 0]
 
 
-def resample(maps: Tensor, rows: Tensor, cols: Tensor, mode: Mode = "bilinear") -> Tensor:
+def resample(maps: Tensor, rows: Tensor, cols: Tensor, mode: Mode) -> Tensor:
     """Resizes `maps [B, channels, h, w]` fp32 to `[B, channels, h', w']`.
 
     `rows [h', h]` and `cols [w', w]` are the matrices of `mode` for these sizes. A graph multiplies by them.
