@@ -236,6 +236,7 @@ def export(
     if measures:
         on_stage("calibrate")
         measured = measure(checkpoint, prompts_per_class=prompts_per_class, seeds=seeds, output=kept)
+        kept.unlink()  # it goes into the bundle; what an interrupt leaves is the partial file beside it
         if needed != "fp32":
             checkpoint = load(source, sampling, needed)
     if given is None:
@@ -247,7 +248,6 @@ def export(
             raise FormatError(f"{plan}: was not made from {calibration}; give the calibration that it was made from")
         decided = given
     assemble(checkpoint, decided, measured, output, target=target, golden_seed=golden_seed, on_stage=on_stage)
-    kept.unlink(missing_ok=True)
     return output
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from torch import Tensor
 
 from .. import __version__
@@ -23,7 +23,7 @@ from ..backbones.generate import generate
 from ..errors import InputError
 from ..kernels.contract import CONTRACT_VERSION
 from ..profiles import manifest as formats
-from ..profiles.files import pretty_json, sha256_bytes, sha256_file, write_error, write_text
+from ..profiles.files import pretty_json, sha256_bytes, sha256_file, write_bytes, write_error, write_text
 from ..profiles.manifest import (
     Condition,
     FileInfo,
@@ -136,14 +136,14 @@ def write_bundle(
             graphs[graph_name] = graph
         say("constants")
         loops, constants = _constants(backbone, plan, graphs)
-        save_file(constants, place / "constants.safetensors")
+        write_bytes(place / "constants.safetensors", save(constants))
         trace: dict[str, np.ndarray[Any, Any]] = {}
         for prompt_class, prompt in golden.items():
             say(f"golden trace of {prompt_class}")
             arrays = golden_trace(exporter, plan, prompt_class, prompt)
             trace |= {f"{prompt_class}/{key}": array for key, array in arrays.items()}
         if trace:
-            save_file(trace, place / "golden.safetensors")
+            write_bytes(place / "golden.safetensors", save(trace))
         save_plan(place / "plan.json", plan)
         for file, text in (documents or {}).items():
             write_text(place / file, text)
