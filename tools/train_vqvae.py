@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import training
-from tokens import PATCHES, demo_sizes, residual_vectors, shrink
+from fast_vqvae import Coding, quantise, quicken
+from tokens import PATCHES, Scales, demo_sizes, residual_vectors
 from torch import Tensor
 
-from toprovar.backbones.vqvae import VQVAE, Quantised, VQVAESpec
+from toprovar.backbones.vqvae import VQVAE, VQVAESpec
 from toprovar.demo.pictures import CLASSES, HELD_OUT, render
 
 
@@ -32,7 +33,7 @@ def reconstruction_loss(made: Tensor, goal: Tensor) -> Tensor:
     """L1 + L2 + twice the L1 of gradients at full and half size; pictures `[B, 3, h, w]` in [-1, 1]."""
     loss = F.l1_loss(made, goal) + F.mse_loss(made, goal)
     for _ in range(2):
-        loss = loss + 2.0 * sum(F.l1_loss(a, b) for a, b in zip(edges(made), edges(goal)))
+        loss = loss + 2.0 * sum(F.l1_loss(a, b) for a, b in zip(edges(made), edges(goal), strict=True))
         made, goal = F.avg_pool2d(made, 2), F.avg_pool2d(goal, 2)
     return loss
 
@@ -56,13 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=2.5)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=48, help="pictures a step, per process")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step, per process")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 32, 64, 96])
     parser.add_argument("--latent", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--patches", type=int, nargs="+", default=list(PATCHES))
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--plain-share", type=float, default=0.06, help="of the time, before there is a codebook")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--plain-share", type=float, default=0.08, help="of the time, before there is a codebook")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--lot", type=int, default=768, help="pictures drawn at a time")
     parser.add_argument("--judged", type=int, default=480)
@@ -87,30 +88,27 @@ def main() -> None:
         with team.autocast():
             return vae.features(pictures).float()
 
-    def decode(codes: Tensor, pictures: Tensor) -> Tensor:
+    def decode(codes: Tensor) -> Tensor:
         with team.autocast():
-            made = vae.decoder(vae.post_quant_conv(codes))
-        return reconstruction_loss(made.float(), pictures)
+            return vae.decoder(vae.post_quant_conv(codes)).float()
 
-    if args.compile:  # two halves, used by both stages below
-        encode, decode = torch.compile(encode, dynamic=False), torch.compile(decode, dynamic=False)
+    quicken(vae, args.compile)
+    scales = Scales(spec.patch_nums, device)
+    judge_pictures = torch.compile(reconstruction_loss, dynamic=False) if args.compile else reconstruction_loss
 
     def plain(pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Loss to minimise and reconstruction loss, without a codebook."""
         features = encode(pictures)
-        loss = decode(features, pictures)
+        loss = judge_pictures(decode(features), pictures)
         # Features of unit spread: what k-means and the codebook's learning rate count on.
         return loss + 0.1 * features.square().mean().add(1e-6).log().square(), loss.detach()
 
-    def coded(pictures: Tensor) -> tuple[Tensor, Tensor, Tensor, Quantised, Tensor]:
-        """Loss to minimise, reconstruction loss, codebook loss, coding, features."""
+    def coded(pictures: Tensor) -> tuple[Tensor, Tensor, Coding]:
+        """Loss to minimise, reconstruction loss, coding; gradients pass the codes straight through to the encoder."""
         features = encode(pictures)
-        goal = features.detach()
-        coding = vae.quantize.quantise(features)
-        parts = [0.25 * F.mse_loss(features, part.detach()) + F.mse_loss(part, goal) for part in coding.partial]
-        codebook_loss = torch.stack(parts).mean()
-        loss = decode(features + (coding.partial[-1] - features).detach(), pictures)
-        return loss + codebook_loss, loss.detach(), codebook_loss.detach(), coding, goal
+        coding = quantise(vae.quantize, scales, features)
+        loss = judge_pictures(decode(features + (coding.codes - features).detach()), pictures)
+        return loss + coding.loss, loss.detach(), coding
 
     usage = torch.ones(args.vocab, device=device)
     has_codebook = False
@@ -129,8 +127,10 @@ def main() -> None:
     stage, restarted = -1, 0.0
     while going:
         if not has_codebook and clock.share >= args.plain_share:
-            with torch.no_grad(), team.autocast():  # not through `encode`: without gradients it would compile again
-                features = torch.cat([vae.features(pool.take(args.batch)[0]).float() for _ in range(6)])
+            vae.eval()
+            with torch.no_grad():
+                features = torch.cat([encode(pool.take(args.batch)[0]) for _ in range(6)])
+            vae.train()
             found = residual_vectors(vae, features)
             # Every scale has a say: the large ones would otherwise outvote those that lay out the picture.
             some = [v[torch.randperm(len(v), generator=generator, device=device)[: 24 * args.vocab]] for v in found]
@@ -144,9 +144,9 @@ def main() -> None:
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, args.lr, warmup=0.02)
         before = time.perf_counter()
-        codebook_loss, coding, goal = torch.zeros(()), None, None
+        coding = None
         if has_codebook:
-            total, loss, codebook_loss, coding, goal = coded(pictures)
+            total, loss, coding = coded(pictures)
         else:
             total, loss = plain(pictures)
         optimiser.zero_grad(set_to_none=True)
@@ -161,15 +161,13 @@ def main() -> None:
             clock.spent = clock.share * 60 * args.minutes
             clock.restart()
             stage, restarted, marked = now, time.perf_counter(), clock.step
-        if coding is not None and goal is not None:
-            drawn_codes = torch.cat([t.flatten() for t in coding.tokens])
+        if coding is not None:
+            drawn_codes = torch.cat(coding.tokens)
             usage.mul_(0.98).add_(torch.bincount(drawn_codes, minlength=args.vocab), alpha=0.02)
             if clock.step % 40 == 0 and clock.share < 0.7:
                 dead = usage < 0.03 * usage.sum() / args.vocab
                 # Their new places come from what each scale in turn has to code.
-                scale = 1 + int(clock.step // 40) % (len(spec.patch_nums) - 1)
-                rest = shrink(goal - coding.partial[scale - 1].detach(), spec.patch_nums[scale])
-                pick = rest.permute(0, 2, 3, 1).reshape(-1, args.latent)
+                pick = coding.wanted[1 + (clock.step // 40) % (len(spec.patch_nums) - 1)]
                 pick = pick[torch.randint(len(pick), (args.vocab,), generator=generator, device=device)]
                 with torch.no_grad():
                     codebook.copy_(torch.where(dead[:, None], pick, codebook))
@@ -179,11 +177,11 @@ def main() -> None:
         going = clock.tick()
         if clock.step % 100 == 0 or not going:
             rate = (clock.step - marked) * args.batch * team.size / max(1e-9, time.perf_counter() - restarted)
-            share = usage / usage.sum()
+            share, codebook_loss = usage / usage.sum(), float(coding.loss.detach()) if coding else 0.0
             perplexity = float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))
             team.say(
                 f"vqvae step {clock.step} share {clock.share:.3f} loss {float(loss):.4f} codebook "
-                f"{float(codebook_loss):.4f} perplexity {perplexity:.0f} revived {revived} pictures/s {rate:.0f}"
+                f"{codebook_loss:.4f} perplexity {perplexity:.0f} revived {revived} pictures/s {rate:.0f}"
             )
         if team.leads and clock.step % 500 == 0:
             _save(args.out, vae, spec, optimiser, clock, seeds, usage, has_codebook)
@@ -195,7 +193,7 @@ def main() -> None:
             "steps": clock.step,
             "batch": args.batch * team.size,
             "loss": round(float(loss), 4),
-            "codebook_loss": round(float(codebook_loss), 4),
+            "codebook_loss": round(codebook_loss, 4),
             "revived_codes": revived,
             "minutes": round((time.perf_counter() - began) / 60, 2),
             "parameters_shipped": sum(v.numel() for v in shipped.values()),
@@ -227,6 +225,7 @@ def _save(
 @torch.no_grad()
 def judge(vae: VQVAE, count: int, batch: int, out: Path) -> dict[str, object]:
     """PSNR on held-out pictures with all scales and without the last ones, used codes, and a sheet of pictures."""
+    vae.eval()
     device = next(vae.parameters()).device
     patches = vae.spec.patch_nums
     error = torch.zeros(len(CLASSES), 4, device=device)
@@ -252,7 +251,7 @@ def judge(vae: VQVAE, count: int, batch: int, out: Path) -> dict[str, object]:
     names = ["all", *[f"to {patches[i]}" for i in (-2, -3, -5)]]
     share = used / used.sum()
     return {
-        "psnr_db": {name: round(float(value), 2) for name, value in zip(names, mean)},
+        "psnr_db": {name: round(float(value), 2) for name, value in zip(names, mean, strict=True)},
         "psnr_db_by_class": {CLASSES[i]: round(float(psnr[i, 0]), 2) for i in range(len(CLASSES))},
         "codes_used": int((used > 0).sum()),
         "codebook_perplexity": round(float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum())), 1),

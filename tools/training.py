@@ -38,8 +38,7 @@ class Team:
         self.rank = int(os.environ.get("RANK", "0"))
         if torch.cuda.is_available():
             self.device = torch.device("cuda", 0)
-            torch.set_float32_matmul_precision("high")
-            torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = False  # what autocast leaves in fp32 is small, and decides tokens
             torch.backends.cudnn.benchmark = True
         else:
             self.device = torch.device("cpu")
@@ -73,9 +72,8 @@ class Team:
         whole = torch.cat([g.reshape(-1) for g in gradients])
         dist.all_reduce(whole)
         whole /= self.size
-        torch._foreach_copy_(
-            gradients, [part.view_as(g) for part, g in zip(whole.split([g.numel() for g in gradients]), gradients)]
-        )
+        parts = whole.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def same(self, tensors: Iterable[Tensor]) -> None:
         """Copy the leading process's tensors to all of them."""
@@ -157,7 +155,7 @@ class Average:
 
     def state(self) -> dict[str, Tensor]:
         """Return name -> averaged weight."""
-        return dict(zip(self.names, self.mean))
+        return dict(zip(self.names, self.mean, strict=True))
 
 
 def adamw(
@@ -261,7 +259,7 @@ class Pool:
 
     def _put(self, rows: tuple[Tensor, ...]) -> None:
         count = min(len(rows[0]), self.rows - self.at)
-        for store, fresh in zip(self.store, rows):
+        for store, fresh in zip(self.store, rows, strict=True):
             store[self.at : self.at + count] = fresh[:count]
         self.at = (self.at + count) % self.rows
         self.filled = min(self.rows, self.filled + count)

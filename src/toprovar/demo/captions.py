@@ -26,7 +26,14 @@ _SYNONYMS: dict[str, str] = {
     "ground": "floor",
     "checked": "checkered",
 }
-WORDS: tuple[str, ...] = (*COUNTS, *COLOURS, *TEXTURES, *SHAPES, *(shape + "s" for shape in SHAPES), "on", "a", "an", "floor")
+WORDS: tuple[str, ...] = (
+    *COUNTS,
+    *COLOURS,
+    *TEXTURES,
+    *SHAPES,
+    *(shape + "s" for shape in SHAPES),
+    *("on", "a", "an", "floor"),
+)
 """Every word that a caption uses: the vocabulary of the word encoder."""
 
 

@@ -83,8 +83,8 @@ def load_classifier(path: str | Path) -> Classifier:
 
     try:
         state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
-    except Exception as error:
-        raise CheckpointError(f"classifier {path}: not readable as safetensors ({error}); reinstall toprovar") from error
+    except Exception as error:  # the reader raises its own kinds for a truncated or foreign file
+        raise CheckpointError(f"classifier {path}: no safetensors file ({error}); reinstall toprovar") from error
     heads = {k.split(".")[1]: v.shape[0] for k, v in state.items() if k.startswith("heads.") and k.endswith("weight")}
     try:
         a, b, c, d = (int(state[f"body.{i}.0.weight"].shape[0]) for i in (0, 1, 3, 5))

@@ -29,4 +29,5 @@ def label_of(prompt: str) -> int:
         return CLASSES.index(text)
     if text.isdigit() and int(text) < len(CLASSES):
         return int(text)
-    raise ValueError(f"prompt {prompt!r} is no class of the demo checkpoint; valid: {', '.join(CLASSES)} (or 0..{len(CLASSES) - 1})")
+    valid = f"{', '.join(CLASSES)}, or 0..{len(CLASSES) - 1}"
+    raise ValueError(f"prompt {prompt!r} is no class of the demo checkpoint; valid: {valid}")

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from toprovar.demo import draw
-from toprovar.demo.labels import CLASSES, PROMPT_CLASS
 from toprovar.demo.draw import cover, flat, mix, over
+from toprovar.demo.labels import CLASSES, PROMPT_CLASS
 
 __all__ = ["CLASSES", "HELD_OUT", "PROMPT_CLASS", "render"]
 
@@ -103,8 +103,10 @@ def _dunes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     tilt = u(-0.15, 0.15).view(-1, 1, 1)
     for layer in range(4):
         height = -0.42 + 0.40 * layer + u(-0.06, 0.06)
-        wave = u(0.10, 0.17).view(-1, 1, 1) * torch.sin(x * u(1.5, 3.0).view(-1, 1, 1) + u(0.0, 6.28).view(-1, 1, 1))
-        wave = wave + u(0.02, 0.05).view(-1, 1, 1) * torch.sin(x * u(3.5, 6.0).view(-1, 1, 1) + u(0.0, 6.28).view(-1, 1, 1))
+        wave = torch.zeros_like(x)
+        for high, slow, fast in ((u(0.10, 0.17), 1.5, 3.0), (u(0.02, 0.05), 3.5, 6.0)):
+            phase = x * u(slow, fast).view(-1, 1, 1) + u(0.0, 6.28).view(-1, 1, 1)
+            wave = wave + high.view(-1, 1, 1) * torch.sin(phase)
         down = y - height.view(-1, 1, 1) - wave - tilt * x
         colour = draw.oklch(light - 0.10 - drop * (layer + 1), chroma, hue + turn * layer * 0.5)
         shade = 0.10 * torch.exp(-down.clamp(min=0) * 4.0)  # light that catches the crest

@@ -1,0 +1,148 @@
+"""The training scripts compute what the backbones compute, and a short run learns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+fast_vqvae = pytest.importorskip("fast_vqvae")
+import tokens as tokens_tool  # noqa: E402
+import train_var  # noqa: E402
+import train_vqvae  # noqa: E402
+import training  # noqa: E402
+
+from toprovar.backbones.vqvae import VQVAE  # noqa: E402
+from toprovar.demo.classifier import Classifier, frechet_distance, load_classifier  # noqa: E402
+from toprovar.errors import CheckpointError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def vae() -> VQVAE:
+    torch.manual_seed(0)
+    model = VQVAE(tokens_tool.demo_sizes((32, 64), latent_channels=8, vocab=32, patch_nums=(1, 2, 3, 5, 8)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def test_fast_layers_compute_the_same(vae: VQVAE) -> None:
+    pictures = torch.rand(2, 3, 16, 16) * 2 - 1
+    vae.eval()
+    slow = vae.features(pictures)
+    slow_picture = vae.decoder(vae.post_quant_conv(slow))
+    fast_vqvae.quicken(vae, compiled=False)
+    vae.train()
+    assert torch.allclose(vae.features(pictures), slow, atol=2e-4)
+    assert torch.allclose(vae.decoder(vae.post_quant_conv(slow)), slow_picture, atol=2e-4)
+
+
+def test_fast_quantiser_computes_the_same(vae: VQVAE) -> None:
+    features = torch.randn(3, 8, 8, 8)
+    scales = tokens_tool.Scales(vae.spec.patch_nums, torch.device("cpu"))
+    coding = fast_vqvae.quantise(vae.quantize, scales, features)
+    expected = vae.quantize.quantise(features)
+    for token, other in zip(coding.tokens, expected.tokens, strict=True):
+        assert torch.equal(token, other.flatten())
+    assert torch.allclose(coding.codes, expected.partial[-1], atol=1e-5)
+
+
+def test_training_tokens_are_those_of_the_backbone(vae: VQVAE) -> None:
+    features = torch.randn(2, 8, 8, 8)
+    labels, inputs = tokens_tool.tokenize(vae, features)
+    expected = vae.quantize.quantise(features).tokens
+    assert torch.equal(labels, torch.cat(expected, 1))
+    assert torch.allclose(inputs, vae.quantize.teacher_input(expected), atol=1e-5)
+
+
+def test_wrong_tokens_change_inputs_and_later_labels_only(vae: VQVAE) -> None:
+    features = torch.randn(2, 8, 8, 8)
+    clean, _ = tokens_tool.tokenize(vae, features)
+    torch.manual_seed(0)
+    labels, inputs = tokens_tool.tokenize(vae, features, corrupt=0.9)
+    assert torch.equal(labels[:, 0], clean[:, 0])  # nothing was wrong before the first scale
+    assert not torch.equal(labels, clean) and torch.isfinite(inputs).all()
+
+
+@pytest.mark.parametrize("small", [4, 40])
+def test_training_pass_equals_the_backbone(vae: VQVAE, small: int) -> None:
+    torch.manual_seed(0)
+    model = train_var.build(2, 64, 12, vae)
+    labels = torch.tensor([3, 12])
+    _, inputs = tokens_tool.tokenize(vae, torch.randn(2, 8, 8, 8))
+    attend = train_var.attend_by_scale(model.spec.tokens, torch.device("cpu"), small)
+    x, context = train_var.forward(model, labels, inputs, attend)
+    logits = model.head(x, context).transpose(0, 1)
+    assert torch.allclose(logits, model.forward_training(labels, inputs), atol=1e-5)
+
+
+def test_loss_weights_favour_early_scales_and_average_to_one() -> None:
+    weights = train_var.scale_weights((1, 4, 16), 0.25, torch.device("cpu"))
+    assert float(weights.mean()) == pytest.approx(1.0) and weights[0] > weights[1] > weights[-1]
+
+
+def test_k_means_finds_the_centres() -> None:
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
+    points = centres.repeat(50, 1) + 0.1 * torch.randn(150, 2, generator=generator)
+    found = train_vqvae.k_means(points, 8, generator)
+    assert torch.cdist(centres, found).min(1).values.max() < 0.15
+
+
+def test_seeds_of_processes_do_not_meet() -> None:
+    class Two:
+        size = 2
+
+    taken = []
+    for rank in range(2):
+        team = Two()
+        team.rank = rank  # type: ignore[attr-defined]
+        seeds = training.Seeds(team)  # type: ignore[arg-type]
+        taken.append(np.concatenate([seeds.take(300), seeds.take(300)]))
+    assert len(np.unique(np.concatenate(taken))) == 1200
+
+
+def test_schedule_warms_up_and_ends_low() -> None:
+    rates = [training.cosine(share, 1.0) for share in (0.0, 0.02, 0.04, 0.5, 1.0)]
+    assert rates[0] < rates[1] < rates[2] == pytest.approx(1.0) and rates[2] > rates[3] > rates[4] > 0
+
+
+def test_pool_hands_out_rows_and_makes_new_ones() -> None:
+    made = []
+
+    def make(count: int) -> tuple[torch.Tensor]:
+        made.append(count)
+        return (torch.full((count,), float(len(made))),)
+
+    pool = training.Pool(make, rows=8, lot=4, reuse=2.0, seed=0)
+    assert len(made) == 2
+    drawn = torch.cat([pool.take(4)[0] for _ in range(10)])
+    assert len(made) == 7 and drawn.max() >= 5
+
+
+def test_classifier_survives_its_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Classifier({"label": 12, "count": 4}, (8, 8, 16, 16)).eval()
+    pictures = torch.rand(2, 3, 256, 256)
+    training.save_weights(tmp_path / "c.safetensors", model.state_dict(), {"format": "pt"})
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    for name, logits in loaded(pictures).items():
+        assert torch.allclose(logits, model(pictures)[name], atol=2e-2)
+    (tmp_path / "c.safetensors").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match="reinstall"):
+        load_classifier(tmp_path / "c.safetensors")
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20000, 3, generator=generator)
+    b = 2 * torch.randn(20000, 3, generator=generator) + 1
+    assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
+    assert frechet_distance(a, b) == pytest.approx(3 + 3, rel=0.05)  # |shift|^2 = 3, (2 - 1)^2 an axis = 3
