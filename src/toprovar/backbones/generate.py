@@ -18,7 +18,7 @@ __all__ = ["RECORDS", "Noise", "Pruning", "Trace", "generate"]
 Noise = Callable[[int, tuple[int, ...]], Tensor] | Sequence[Tensor]
 """Uniform noise: a function of (scale, shape as `Backbone.noise_shape` gives it), or one tensor a scale run."""
 
-RECORDS = ("codes", "hidden", "inputs", "kept", "logits", "span_deltas")
+RECORDS = ("codes", "hidden", "inputs", "kept", "logits", "scores", "span_deltas")
 """What `generate(record=...)` can be asked to keep."""
 
 
@@ -66,7 +66,7 @@ class Trace:
     tokens `[B, N]` or `[B, N, bits]` int32. codes, accumulated, `[B, latent_channels, h, w]` (the final ones always).
     image `[B, 3, height, width]` in [0, 1]. logits `[N, R, V]` before guidance. inputs `[N, R, C]`. hidden, a layer,
     `[n, R, C]`. entropy, a layer, `[R, n]` (`[R, H, n]` with entropy="head") in nats. kept, a span, `[B, K]`.
-    span_deltas, a span, `[K, R, C]`.
+    scores, a span, the entropy that chose its tokens, `[R, N]`. span_deltas, a span, `[K, R, C]`.
     """
 
     scales: list[int]
@@ -78,6 +78,7 @@ class Trace:
     hidden: list[list[Tensor]] = field(default_factory=list)
     entropy: list[list[Tensor]] = field(default_factory=list)
     kept: list[list[Tensor]] = field(default_factory=list)
+    scores: list[list[Tensor]] = field(default_factory=list)
     span_deltas: list[list[Tensor]] = field(default_factory=list)
 
 
@@ -210,6 +211,9 @@ def generate(
             trace.inputs.append(x)
         if "codes" in record:
             trace.codes.append(codes)
+        if "scores" in record:
+            chose = [output.entropy[span.start - 1] for span in step.spans]
+            trace.scores.append([score if score.dim() == 2 else score.mean(1) for score in chose if score is not None])
         for name in ("logits", "hidden", "kept", "span_deltas"):
             if name in record:
                 getattr(trace, name).append(getattr(output, name))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..backbones.base import Backbone, restore_constants
-from ..backbones.generate import generate
+from ..backbones.generate import Trace, generate
 from ..errors import InputError
 from ..kernels.contract import CONTRACT_VERSION
 from ..profiles import manifest as formats
@@ -313,23 +313,37 @@ def _constants(
 # The golden trace
 
 
+_ATTEMPTS = 4
+_CLEAR_ENTROPY_NATS = 5e-6
+_CLEAR_LOGITS = 1e-5
+"""Several times what two correct fp32 runtimes differ by, in entropy and, relatively, in logits."""
+
+
+class _Unclear(Exception):
+    """A decision of this trace is too close to call."""
+
+
 def golden_trace(
     exporter: GraphExporter, plan: Plan, prompt_class: str, prompt: GoldenPrompt
 ) -> dict[str, np.ndarray[Any, Any]]:
     """What PyTorch makes of a prompt under the plan, from the noise of its seeds: what every runtime must make again.
 
+    Sampling and selection are discontinuous: where two tokens are within rounding of each other, two correct runtimes
+    may choose differently, and everything behind that differs. Such a trace proves nothing, so seeds with a decision
+    that is too close are passed over for the next ones, `_ATTEMPTS` times at most (in half precision none is clear).
+
     Returns: the condition by the names of the prefix graph's inputs, ``seeds``, ``tokens_{s}`` of every scale that
     runs, ``codes`` and ``image``.
     """
-    backbone, seeds = exporter.backbone, list(prompt.seeds)
-
-    def noise(scale: int, shape: tuple[int, ...]) -> Tensor:
-        tokens, _, logits = shape
-        return torch.from_numpy(scale_noise(seeds, scale, tokens, logits))
-
-    with torch.no_grad():
-        prefix = backbone.prefix(*(tensor.to(backbone.device) for tensor in prompt.condition))
-        trace = generate(backbone, prefix, noise=noise, pruning=pruning(plan, prompt_class))
+    backbone, images = exporter.backbone, len(prompt.seeds)
+    attempts = [[seed + i * images for seed in prompt.seeds] for i in range(_ATTEMPTS)]
+    for seeds in attempts if backbone.dtype == torch.float32 else ():
+        with contextlib.suppress(_Unclear):
+            trace = _generate(backbone, plan, prompt_class, prompt.condition, seeds, clear=True)
+            break
+    else:
+        seeds = attempts[0]
+        trace = _generate(backbone, plan, prompt_class, prompt.condition, seeds, clear=False)
     assert trace.image is not None
     names = [info.name for info in exporter.graph("prefix").inputs]
     tensors = dict(zip(names, prompt.condition, strict=True))
@@ -337,6 +351,43 @@ def golden_trace(
     tensors |= {"codes": trace.codes[-1], "image": trace.image}
     arrays = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in tensors.items()}
     return arrays | {"seeds": np.array(seeds, dtype=np.int64)}
+
+
+def _generate(
+    backbone: Backbone, plan: Plan, prompt_class: str, condition: Sequence[Tensor], seeds: list[int], *, clear: bool
+) -> Trace:
+    """Raises _Unclear, where asked for clear decisions, at the first scale that has one that is not."""
+    drawn: dict[int, Tensor] = {}
+    pruned = pruning(plan, prompt_class)
+
+    def noise(scale: int, shape: tuple[int, ...]) -> Tensor:
+        tokens, _, logits = shape
+        drawn[scale] = torch.from_numpy(scale_noise(seeds, scale, tokens, logits)).to(backbone.device)
+        return drawn[scale]
+
+    def check(scale: int, trace: Trace) -> None:
+        for score in trace.scores.pop():
+            ordered, keep = score[: len(seeds)].sort(dim=1).values, pruned.keep[scale]
+            gaps = ordered[:, keep : keep + 1] - ordered[:, keep - 1 : keep]  # empty where all tokens are kept
+            if (gaps < _CLEAR_ENTROPY_NATS).any():
+                raise _Unclear
+        logits, tokens, constants = trace.logits.pop(), trace.tokens[-1], backbone.scale_constants(scale)
+        signs = torch.randint(0, 2, logits.shape, generator=torch.Generator().manual_seed(scale)).to(logits) * 2 - 1
+        nudge = signs * (_CLEAR_LOGITS * logits.abs().max())
+        for nudged in (logits + nudge, logits - nudge):
+            if not torch.equal(backbone.sample(nudged, drawn[scale], constants), tokens):
+                raise _Unclear
+
+    with torch.no_grad():
+        prefix = backbone.prefix(*(tensor.to(backbone.device) for tensor in condition))
+        return generate(
+            backbone,
+            prefix,
+            noise=noise,
+            pruning=pruned,
+            record=("scores", "logits") if clear else (),
+            after_scale=check if clear else None,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
