@@ -37,8 +37,8 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities with a table: A100, RTX 30, RTX 40 and L40, H100, B200, RTX 50."""
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may ask for (CUDA programming guide, table of compute capabilities)."""
-SPILL_LIMIT_BYTES = 64
-"""Stack a kernel may use per thread: a few registers of the masked tail, none of the main loop's accumulators."""
+SPILL_LIMIT_BYTES = 128
+"""Stack a kernel may use per thread: a few registers of the masked tail (at most 64 bytes) or of the largest selection."""
 SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the usual card, for `choose` where the device is not at hand."""
 
@@ -73,13 +73,13 @@ class AttentionConfig:
 
 _SMALL_SHARED: dict[str, tuple[Tile, Tile, Tile, Tile]] = {  # sm_86, 89, 120: 99 KB and the mma.sync products of sm_80
     "wide": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(128, 64, 8, 2)),
-    "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 3)),
+    "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
 }
 _HALF: dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]] = {
     # arch: {tile: for head dims 64, 80, 96, 128}
     80: {
         "wide": (Tile(128, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
-        "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 32, 4, 4)),
+        "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
     },
     86: _SMALL_SHARED,
     89: _SMALL_SHARED,
