@@ -177,7 +177,7 @@ def test_mixing_needs_a_codebook(model: VAR) -> None:
 def test_half_precision_makes_nearly_the_same_picture() -> None:
     model = make_var()
     exact = generate(model, model.prefix(LABELS), noise=noise_of(1))
-    model.to(torch.bfloat16)
+    model.set_precision(torch.bfloat16, decoder=torch.bfloat16)
     prefix = model.prefix(LABELS)
     assert isinstance(prefix, Prefix) and prefix.x0.dtype == torch.float32
     rounded = generate(model, prefix, tokens=exact.tokens)

@@ -194,8 +194,8 @@ def test_half_precision_stays_near_fp32(dtype: torch.dtype) -> None:
     model = make_var()
     x, context, past = _inputs(model, "ggggg", 36)
     exact = Step(model).run(x, context, None, None, None, None, past, [])
-    model.blocks.to(dtype)
-    model.head.to(dtype)  # type: ignore[attr-defined]
+    assert model.set_precision(dtype).dtype == dtype
+    assert model.blocks[0].attn.scale_mul_1H11.dtype == torch.float32
     rounded = Step(model).run(x, context, None, None, None, None, [t.to(dtype) for t in past], [])
     assert rounded.logits.dtype == rounded.hidden[-1].dtype == torch.float32
     assert {t.dtype for t in rounded.new_kv} == {dtype}

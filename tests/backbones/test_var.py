@@ -106,6 +106,11 @@ def test_a_saved_model_loads_as_it_was(options: dict, tmp_path: Path) -> None:
     without = backbones.load("var", *_save(model, tmp_path), dtype=torch.float16)
     assert not without.vae.spec.encoder
     assert without.dtype == torch.float16 and without.vae.post_quant_conv.weight.dtype == torch.float32
+    halves = {name for name, p in without.named_parameters() if p.dtype == torch.float16}
+    assert halves == {
+        name for name, p in model.set_precision(torch.float16).named_parameters() if p.dtype == torch.float16
+    }
+    assert "blocks.0.attn.mat_qkv.weight" in halves and "blocks.0.attn.scale_mul_1H11" not in halves
 
 
 def test_without_cosine_attention_the_heads_must_be_told(tmp_path: Path) -> None:

@@ -145,9 +145,9 @@ class Backbone(nn.Module, ABC):
         return 2 if self.sampling.guided else 1
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the matrices; activations between blocks, logits and codes are fp32 whatever it is."""
-        return next(self.blocks.parameters()).dtype
+        """Of the blocks' matrices, and so of keys and values; x, logits and codes are fp32 whatever it is."""
 
     @property
     def device(self) -> torch.device:

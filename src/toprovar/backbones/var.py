@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +137,7 @@ class _SelfAttention(nn.Module):
     def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x [n, R, C]` -> q, k, v `[n, R, H, D]` in the dtype of the weights, ready for softmax(scale q.k) v."""
         weight = self.mat_qkv.weight
-        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias)).to(weight.dtype)
         q, k, v = F.linear(x.to(weight.dtype), weight, bias).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.scale_mul_1H11 is not None:
             multiplier = self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp().reshape(self.heads, 1)
@@ -243,6 +244,19 @@ class VAR(Backbone):
         self.head_nm = _HeadNorm(width)
         self.head = _Head(width, spec.vocab)
         self.vae = vae
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layers[0].attn.mat_qkv.weight.dtype
+
+    def set_precision(self, dtype: torch.dtype, *, decoder: torch.dtype | None = None) -> VAR:
+        """Casts the matrices of the blocks and of the head in place (and the VQVAE if asked); the rest stays fp32."""
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if _is_matrix(name):
+                tensor.data = tensor.data.to(dtype)
+        if decoder is not None:
+            self.vae.to(decoder)
+        return self
 
     @property
     def _layers(self) -> list[_Block]:
@@ -405,6 +419,17 @@ def infer_spec(
     )
 
 
+# The multipliers of q are logarithms up to ln 100: in bf16 one would be off by 2%. Tables are small and feed fp32 sums.
+_MATRIX = re.compile(
+    r"(blocks\.\d+\.(attn\.(mat_qkv|proj)|ffn\.fc[12]|ada_lin\.1)|shared_ada_lin\.1|head_nm\.ada_lin\.1|head)\."
+)
+
+
+def _is_matrix(name: str) -> bool:
+    """Of the tensors that take the model's dtype: matrices and their biases."""
+    return _MATRIX.match(name) is not None
+
+
 def ignorable(key: str) -> bool:
     """Keys of a released file that generation does not need: the training mask."""
     return key == "attn_bias_for_masking"
@@ -428,6 +453,7 @@ def load_var(
     Args:
         heads, patch_nums: see `infer_spec`.
         phi_ratio: `quant_resi` of the original, which no file holds.
+        dtype: of the matrices (`VAR.set_precision`); the rest of the transformer is fp32. vae_dtype: of the VQVAE.
         encoder: keep the VQVAE's encoder, which only training needs.
 
     Raises:
@@ -452,5 +478,13 @@ def load_var(
     spec = dataclasses.replace(spec, image_size=(size, size))
     with torch.device("meta"):
         model = VAR(spec, vqvae, sampling)
-    load_strict(model, state, checkpoint, ignore=ignorable, elsewhere=("vae.",), dtype=dtype, device=device)
+    load_strict(
+        model,
+        state,
+        checkpoint,
+        ignore=ignorable,
+        elsewhere=("vae.",),
+        dtype=lambda name: dtype if _is_matrix(name) else torch.float32,
+        device=device,
+    )
     return model.eval().requires_grad_(False)
