@@ -70,7 +70,7 @@ def tune_attention(queries: int, past: int, heads: int, head_dim: int) -> None:
     assert arch is not None
     frozen = tuning.choose(arch, "bfloat16", head_dim, queries, problem.keys, 2 * heads, sm_count)
     print(
-        f"{queries} x {problem.keys}, {2 * heads} x {head_dim}; frozen {frozen.tile_name} /{frozen.splits}; wrong {wrong}"
+        f"{queries} x {problem.keys}, {2 * heads} x {head_dim}; now {frozen.tile_name} /{frozen.splits}; wrong {wrong}"
     )
     for name, t in sorted(time_graphs(graphs, 15.0).items(), key=lambda item: item[1]["median_ms"])[:6]:
         print(f"    {name:20} {1e3 * t['median_ms']:9.1f} us {problem.flops / t['median_ms'] / 1e9:6.0f} TFLOP/s")
