@@ -1,0 +1,1 @@
+"""The op inside TensorRT: the plugin library (cpp/) and how Python finds and loads it (`library.py`)."""
