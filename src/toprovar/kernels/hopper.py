@@ -34,7 +34,9 @@ __all__ = ["VARIANTS", "Plan", "Variant", "available", "build_cubin", "forward",
 SOURCE = Path(__file__).parent / "cuda" / "hopper.cu"
 FORWARD_SYMBOL = "toprovar_attention_forward"
 FINISH_SYMBOL = "toprovar_attention_finish"
+SMALL_SYMBOL = "toprovar_attention_small"
 FINISH_THREADS = 256
+SMALL_THREADS, SMALL_CTAS, SMALL_QUERIES, SMALL_KEYS = 512, 8, 64, 128
 _COMPILER_OPTIONS = ("-std=c++17", "--gpu-architecture=sm_90a")
 
 _DTYPES = ("bfloat16", "float16")
@@ -89,16 +91,26 @@ class Variant:
         """Groups of 32 output columns: half a block of the finish kernel merges one, for 64 queries."""
         return -(-self.head_dim // 32)
 
+    @property
+    def small_shared_bytes(self) -> int:
+        pitch = 2 * self.head_dim + 16
+        return 2 * ((SMALL_QUERIES + 2 * SMALL_KEYS) * pitch + 3 * 8 * 16 * 4 + SMALL_QUERIES * 4)
+
     def metadata(self) -> dict[str, Any]:
         """For a cubin library: all that a loader without Python needs beside the cubin."""
         return asdict(self) | {
             "source": "cuda",
-            "symbols": {"forward": FORWARD_SYMBOL, "finish": FINISH_SYMBOL},
+            "symbols": {"forward": FORWARD_SYMBOL, "finish": FINISH_SYMBOL, "small": SMALL_SYMBOL},
             "tile_m": self.tile_m,
             "threads": self.threads,
             "shared_bytes": self.shared_bytes,
             "seam": self.seam,
             "finish_threads": FINISH_THREADS,
+            "small_threads": SMALL_THREADS,
+            "small_ctas": SMALL_CTAS,
+            "small_queries": SMALL_QUERIES,
+            "small_keys": SMALL_KEYS,
+            "small_shared_bytes": self.small_shared_bytes,
             "sets": self.sets,
         }
 
@@ -346,6 +358,26 @@ class _FinishArguments(ctypes.Structure):
     ]
 
 
+class _SmallArguments(ctypes.Structure):
+    _fields_ = [
+        ("q", ctypes.c_void_p),
+        ("past_k", ctypes.c_void_p),
+        ("past_v", ctypes.c_void_p),
+        ("new_k", ctypes.c_void_p),
+        ("new_v", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("head_entropy", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        ("mean_entropy", ctypes.c_void_p),
+        ("queries", ctypes.c_int),
+        ("past", ctypes.c_int),
+        ("fresh", ctypes.c_int),
+        ("row_heads", ctypes.c_int),
+        ("heads", ctypes.c_int),
+        ("scale_log2", ctypes.c_float),
+    ]
+
+
 _SHARED_LIMIT = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _OVERLAP_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
@@ -353,7 +385,7 @@ _OVERLAP_LAUNCH = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 @functools.lru_cache(maxsize=1)
 def _driver() -> ctypes.CDLL:
     driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+    driver.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     driver.cuTensorMapEncodeTiled.argtypes = [
         ctypes.c_void_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p,
         ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int,
@@ -368,92 +400,141 @@ def _check(code: int, what: str) -> None:
         raise RuntimeError(f"Hopper kernel: {what} failed with CUDA error {code} ({(text.value or b'?').decode()})")
 
 
-@functools.lru_cache(maxsize=None)
-def _functions(variant: Variant, device: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:
-    """The two kernels, loaded into the device's primary context (the one torch uses, current by now)."""
-    driver, module = _driver(), ctypes.c_void_p()
-    _check(driver.cuModuleLoadData(ctypes.byref(module), build_cubin(variant)), "cuModuleLoadData")
-    forward_, finish = ctypes.c_void_p(), ctypes.c_void_p()
-    _check(driver.cuModuleGetFunction(ctypes.byref(forward_), module, FORWARD_SYMBOL.encode()), "cuModuleGetFunction")
-    _check(driver.cuModuleGetFunction(ctypes.byref(finish), module, FINISH_SYMBOL.encode()), "cuModuleGetFunction")
-    _check(driver.cuFuncSetAttribute(forward_, _SHARED_LIMIT, variant.shared_bytes), "cuFuncSetAttribute")
-    return forward_, finish
+@functools.cache
+def _function(variant: Variant, device: int, symbol: str) -> int:
+    """A kernel's handle, loaded into the device's primary context (the one torch uses, current by now)."""
+    function = ctypes.c_void_p()
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(variant, device), symbol.encode()), "cuModuleGetFunction")
+    size = {FORWARD_SYMBOL: variant.shared_bytes, SMALL_SYMBOL: variant.small_shared_bytes, FINISH_SYMBOL: 0}[symbol]
+    if size:
+        _check(_driver().cuFuncSetAttribute(function, _SHARED_LIMIT, size), "cuFuncSetAttribute")
+    assert function.value is not None
+    return function.value
 
 
-class _TensorMap:
-    """A CUtensorMap [length, R*H, D] of one tensor: 128 bytes, aligned to 64."""
-
-    __slots__ = ("_memory", "address")
-
-    def __init__(self, pointer: int, length: int, row_heads: int, head_dim: int, dtype: str, box_rows: int) -> None:
-        self._memory = ctypes.create_string_buffer(192)
-        self.address = -(-ctypes.addressof(self._memory) // 64) * 64
-        sizes = (ctypes.c_uint64 * 3)(head_dim, row_heads, length)
-        strides = (ctypes.c_uint64 * 2)(2 * head_dim, 2 * head_dim * row_heads)
-        box = (ctypes.c_uint32 * 3)(64, 1, box_rows)
-        steps = (ctypes.c_uint32 * 3)(1, 1, 1)
-        code = _driver().cuTensorMapEncodeTiled(
-            self.address, _TENSOR_MAP_DTYPE[dtype], 3, pointer, sizes, strides, box, steps, 0, 3, 3, 0
-        )  # no interleave, 128-byte swizzle, L2 promotion to 256 bytes, zero fill
-        _check(code, "cuTensorMapEncodeTiled")
+@functools.cache
+def _module(variant: Variant, device: int) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), build_cubin(variant)), "cuModuleLoadData")
+    return module
 
 
-@functools.lru_cache(maxsize=8192)
-def _tensor_map(pointer: int, length: int, row_heads: int, head_dim: int, dtype: str, box_rows: int) -> _TensorMap:
-    return _TensorMap(pointer, length, row_heads, head_dim, dtype, box_rows)
+def _encode(at: int, pointer: int, length: int, row_heads: int, head_dim: int, dtype: str, box_rows: int) -> None:
+    """Write the CUtensorMap of one tensor [length, R*H, D] to address `at` (128 bytes, aligned to 64)."""
+    sizes = (ctypes.c_uint64 * 3)(head_dim, row_heads, length)
+    strides = (ctypes.c_uint64 * 2)(2 * head_dim, 2 * head_dim * row_heads)
+    box = (ctypes.c_uint32 * 3)(64, 1, box_rows)
+    steps = (ctypes.c_uint32 * 3)(1, 1, 1)
+    code = _driver().cuTensorMapEncodeTiled(
+        at, _TENSOR_MAP_DTYPE[dtype], 3, pointer, sizes, strides, box, steps, 0, 3, 3, 0
+    )  # no interleave, 128-byte swizzle, L2 promotion to 256 bytes, zero fill
+    _check(code, "cuTensorMapEncodeTiled")
 
 
-class _Launch:
-    """Both launches of one problem shape, with every constant in place; a call fills in pointers and goes."""
+class _Kernel:
+    """One kernel ready for launching: handle, configuration, arguments and the array of pointers to them."""
 
-    def __init__(self, variant: Variant, shape: Plan, device: int, queries: int, past: int, fresh: int, rows: int, heads: int, scale: float) -> None:
-        self.variant, self.plan = variant, shape
-        self.functions = _functions(variant, device)
-        common = {"queries": queries, "past": past, "fresh": fresh, "row_heads": rows * heads,
-                  "full_tiles": shape.full_tiles, "run": shape.run}  # fmt: skip
-        self.forward = _ForwardArguments(scale_log2=scale * math.log2(math.e), **common)
-        self.finish = _FinishArguments(heads=heads, **common)
-        self.forward_config = _LaunchConfig((shape.ctas, 1, 1), (variant.threads, 1, 1), variant.shared_bytes)
-        self.finish_config = _LaunchConfig((shape.finish_blocks, 1, 1), (FINISH_THREADS, 1, 1), 0)
-        # The finish kernel may be set up while the forward kernel still runs; it waits for it with griddepcontrol.wait.
-        overlap = _LaunchAttribute(id=_OVERLAP_LAUNCH)
-        overlap.value[0] = 1
-        self._attributes = (_LaunchAttribute * 1)(overlap)
-        self.finish_config.attributes, self.finish_config.attribute_count = self._attributes, 1
-        self.forward_parameters = (ctypes.c_void_p * (9 + len(_ForwardArguments._fields_)))()
-        for i, (name, *_) in enumerate(_ForwardArguments._fields_):
-            self.forward_parameters[9 + i] = ctypes.addressof(self.forward) + getattr(_ForwardArguments, name).offset
-        self.finish_parameters = (ctypes.c_void_p * len(_FinishArguments._fields_))()
-        for i, (name, *_) in enumerate(_FinishArguments._fields_):
-            self.finish_parameters[i] = ctypes.addressof(self.finish) + getattr(_FinishArguments, name).offset
+    def __init__(
+        self, function: int, grid: int, block: int, shared_bytes: int, arguments: ctypes.Structure, *, overlap: bool = False
+    ) -> None:
+        self.function = function
+        self.arguments = arguments
+        self.config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes)
+        self._config = ctypes.addressof(self.config)
+        if overlap:
+            attribute = _LaunchAttribute(id=_OVERLAP_LAUNCH)
+            attribute.value[0] = 1
+            self._attributes = (_LaunchAttribute * 1)(attribute)
+            self.config.attributes, self.config.attribute_count = self._attributes, 1
+        fields = [ctypes.addressof(arguments) + getattr(type(arguments), field[0]).offset for field in arguments._fields_]
+        self.fields = fields
+        self._own = (ctypes.c_void_p * len(fields))(*fields)
+        self.parameters = ctypes.addressof(self._own)
+        self._launch = _driver().cuLaunchKernelEx
 
-    def __call__(self, maps: list[_TensorMap], out: int, head: int, lse: int, mean: int, parts: int, stats: int, stream: int) -> None:
-        for i, tensor_map in enumerate(maps):
-            self.forward_parameters[i] = tensor_map.address
-        arguments = self.forward
-        arguments.out, arguments.head_entropy, arguments.lse = out, head, lse
-        arguments.part_out, arguments.part_stats = parts, stats
-        self.forward_config.stream = stream
-        driver = _driver()
-        code = driver.cuLaunchKernelEx(ctypes.addressof(self.forward_config), self.functions[0], self.forward_parameters, None)
-        _check(code, f"the launch of {FORWARD_SYMBOL}")
-        if self.plan.finish_blocks:
-            last = self.finish
-            last.out, last.head_entropy, last.lse, last.mean_entropy = out, head, lse, mean
-            last.part_out, last.part_stats = parts, stats
-            self.finish_config.stream = stream
-            code = driver.cuLaunchKernelEx(ctypes.addressof(self.finish_config), self.functions[1], self.finish_parameters, None)
-            _check(code, f"the launch of {FINISH_SYMBOL}")
+    def __call__(self, stream: int, parameters: int | None = None) -> None:
+        self.config.stream = stream
+        code = self._launch(self._config, self.function, parameters or self.parameters, None)
+        if code:
+            _check(code, "a launch")
 
 
-class _Launches(threading.local):
-    """Launches by shape. One set per thread: a call writes its pointers into the shared arguments."""
+class _Call:
+    """Every call of one shape, with all constants in place: a call fills in pointers and goes.
+
+    Not for use by two threads at once: calls write their pointers into shared arguments (see `_Calls`).
+    """
+
+    def __init__(
+        self, variant: Variant | None, dtype: str, device: int, shape: tuple[int, ...], past: int, fresh: int, scale: float, entropy: str
+    ) -> None:
+        import torch
+
+        queries, rows, heads, head_dim = shape
+        given = variant
+        variant = variant or VARIANTS[dtype, head_dim, entropy != "none"]
+        self.variant = variant
+        self.dtype, self.row_heads, self.head_dim = dtype, rows * heads, head_dim
+        self.queries, self.past, self.fresh = queries, past, fresh
+        common = {"queries": queries, "past": past, "fresh": fresh, "row_heads": rows * heads}
+        scale_log2 = scale * math.log2(math.e)
+        self.part_floats = self.stats_floats = 0
+        self.small: _Kernel | None = None
+        self.finish: _Kernel | None = None
+        if given is None and queries <= SMALL_QUERIES and past + fresh <= SMALL_KEYS:
+            self.small = _Kernel(
+                _function(variant, device, SMALL_SYMBOL), SMALL_CTAS * rows, SMALL_THREADS, variant.small_shared_bytes,
+                _SmallArguments(heads=heads, scale_log2=scale_log2, **common),
+            )  # fmt: skip
+            return
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        shares = plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
+        common |= {"full_tiles": shares.full_tiles, "run": shares.run}
+        self.part_floats, self.stats_floats = shares.part_out_floats, shares.part_stats_floats
+        self.forward = _Kernel(
+            _function(variant, device, FORWARD_SYMBOL), shares.ctas, variant.threads, variant.shared_bytes,
+            _ForwardArguments(scale_log2=scale_log2, **common),
+        )  # fmt: skip
+        if shares.finish_blocks:
+            # It may be set up while the forward kernel still runs, and waits for it with griddepcontrol.wait.
+            self.finish = _Kernel(
+                _function(variant, device, FINISH_SYMBOL), shares.finish_blocks, FINISH_THREADS, 0,
+                _FinishArguments(heads=heads, **common), overlap=True,
+            )  # fmt: skip
+        self.maps: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def parameters(self, pointers: tuple[int, ...]) -> int:
+        """The forward kernel's parameter array for these five tensors; their tensor maps are made on first sight."""
+        known = self.maps.get(pointers)
+        if known is None:
+            if len(self.maps) >= 1024:
+                self.maps.clear()
+            memory = ctypes.create_string_buffer(9 * 128 + 64)
+            start = -(-ctypes.addressof(memory) // 64) * 64
+            q, past_k, past_v, new_k, new_v = pointers
+            lengths = [(past_k, self.past), (past_v, self.past), (new_k, self.fresh), (new_v, self.fresh)]
+            if not self.past:
+                lengths[:2] = lengths[2:]
+            if not self.fresh:
+                lengths[2:] = lengths[:2]
+            boxes = [(q, self.queries, self.variant.tile_m)]
+            boxes += [(*piece, self.variant.tile_n // self.variant.cluster) for piece in lengths]
+            boxes += [(*piece, self.variant.seam) for piece in lengths]
+            for i, (pointer, length, rows) in enumerate(boxes):
+                _encode(start + 128 * i, pointer, length, self.row_heads, self.head_dim, self.dtype, rows)
+            places = [start + 128 * i for i in range(9)] + self.forward.fields
+            known = self.maps[pointers] = (memory, (ctypes.c_void_p * len(places))(*places))
+        return ctypes.addressof(known[1])
+
+
+class _Calls(threading.local):
+    """Calls by shape, one set per thread."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], _Launch] = {}
+        self.known: dict[tuple[Any, ...], _Call] = {}
 
 
-_launches = _Launches()
+_calls = _Calls()
 
 
 # --- the call -------------------------------------------------------------------------------------------------------
@@ -500,63 +581,68 @@ def forward(
     """
     import torch
 
-    queries, rows, heads, head_dim = q.shape
-    past, fresh = past_k.shape[0], new_k.shape[0]
-    dtype = str(q.dtype)[6:]
-    chosen = variant or VARIANTS[dtype, head_dim, entropy != "none"]
-    device = q.device.index
-    with torch.cuda.device(device):
-        key = (chosen, device, queries, past, fresh, rows, heads, scale, entropy == "mean")
-        launch = _launches.known.get(key)
-        if launch is None:
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
-            shape = plan(chosen, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
-            if len(_launches.known) >= 4096:
-                _launches.known.clear()
-            launch = _launches.known[key] = _Launch(chosen, shape, device, queries, past, fresh, rows, heads, scale)
-        shape = launch.plan
+    device = q.device
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return forward(q, past_k, past_v, new_k, new_v, scale, entropy, return_lse, variant=variant)
+    shape = q.shape
+    key = (q.dtype, device.index, shape, past_k.shape[0], new_k.shape[0], scale, entropy, variant)
+    call = _calls.known.get(key)
+    if call is None:
+        if len(_calls.known) >= 1024:
+            _calls.known.clear()
+        dtype = str(q.dtype)[6:]
+        call = _Call(variant, dtype, device.index, tuple(shape), past_k.shape[0], new_k.shape[0], scale, entropy)
+        _calls.known[key] = call
 
-        def tensor_map(tensor: Tensor, length: int, box_rows: int) -> _TensorMap:
-            return _tensor_map(tensor.data_ptr(), length, rows * heads, head_dim, dtype, box_rows)
+    # Contiguous and aligned as TMA wants them. Copies made here stay alive until the kernels are enqueued.
+    tensors = (_ready(q), _ready(past_k), _ready(past_v), _ready(new_k), _ready(new_v))
+    pointers = tuple([tensor.data_ptr() for tensor in tensors])
+    queries, rows, heads, _ = shape
+    out = torch.empty(shape, dtype=q.dtype, device=device)
+    per_head = mean = lse = None
+    if entropy == "mean":
+        mean = torch.empty((rows, queries), dtype=torch.float32, device=device)
+    if entropy == "head":
+        per_head = torch.empty((rows, heads, queries), dtype=torch.float32, device=device)
+    if return_lse:
+        lse = torch.empty((rows, heads, queries), dtype=torch.float32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if call.small is not None:
+        arguments = call.small.arguments
+        arguments.q, arguments.past_k, arguments.past_v, arguments.new_k, arguments.new_v = pointers
+        arguments.out = out.data_ptr()
+        arguments.head_entropy = 0 if per_head is None else per_head.data_ptr()
+        arguments.mean_entropy = 0 if mean is None else mean.data_ptr()
+        arguments.lse = 0 if lse is None else lse.data_ptr()
+        call.small(stream)
+        return out, mean if per_head is None else per_head, lse
 
-        # TMA reads contiguous, 16-byte aligned tensors. Copies made here stay alive until the launch is enqueued.
-        q, past_k, past_v, new_k, new_v = tensors = [_ready(t) for t in (q, past_k, past_v, new_k, new_v)]
-        maps = [tensor_map(q, queries, chosen.tile_m)]
-        for box in (chosen.tile_n // chosen.cluster, chosen.seam):
-            old = [tensor_map(t, past, box) for t in tensors[1:3]] if past else []
-            new = [tensor_map(t, fresh, box) for t in tensors[3:]] if fresh else old
-            maps += [*(old or new), *new]
-
-        out = torch.empty_like(q)
-        lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device) if return_lse else None
-        per_head = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device) if entropy != "none" else None
-        mean = torch.empty(rows, queries, dtype=torch.float32, device=q.device) if entropy == "mean" else None
-        parts = stats = 0
-        if shape.run:
-            workspace = torch.empty(shape.part_out_floats + shape.part_stats_floats, dtype=torch.float32, device=q.device)
-            parts = workspace.data_ptr()
-            stats = parts + 4 * shape.part_out_floats
-        launch(
-            maps,
-            out.data_ptr(),
-            0 if per_head is None else per_head.data_ptr(),
-            0 if lse is None else lse.data_ptr(),
-            0 if mean is None else mean.data_ptr(),
-            parts,
-            stats,
-            torch.cuda.current_stream(device).cuda_stream,
-        )
-    return out, mean if entropy == "mean" else per_head, lse
+    # One allocation for all that nobody keeps: the parts of split tiles, and the entropy per head where the mean is asked for.
+    scratch_floats = call.part_floats + call.stats_floats + (rows * heads * queries if entropy == "mean" else 0)
+    parts = 0
+    if scratch_floats:
+        scratch = torch.empty(scratch_floats, dtype=torch.float32, device=device)
+        parts = scratch.data_ptr()
+    arguments = call.forward.arguments
+    arguments.out = out.data_ptr()
+    arguments.lse = 0 if lse is None else lse.data_ptr()
+    arguments.part_out = parts
+    arguments.part_stats = parts + 4 * call.part_floats
+    arguments.head_entropy = per_head.data_ptr() if per_head is not None else parts + 4 * (call.part_floats + call.stats_floats)
+    call.forward(stream, call.parameters(pointers))
+    if call.finish is not None:
+        last = call.finish.arguments
+        last.out, last.lse, last.head_entropy = arguments.out, arguments.lse, arguments.head_entropy
+        last.part_out, last.part_stats = arguments.part_out, arguments.part_stats
+        last.mean_entropy = 0 if mean is None else mean.data_ptr()
+        call.finish(stream)
+    return out, mean if per_head is None else per_head, lse
 
 
 def _ready(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0:
         return tensor
-    return tensor.clone(memory_format=_contiguous_format())
-
-
-@functools.lru_cache(maxsize=1)
-def _contiguous_format() -> Any:
     import torch
 
-    return torch.contiguous_format
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -11,9 +11,11 @@
 //     H = ln 2 (log2 l - u / l)                          LSE = ln 2 (m + log2 l)
 //
 // and when the reference moves from m to m', a = 2^(m - m'):   u <- a (u + (m - m') l),  l <- a l,  O <- a O.
-// m need not be the maximum: it only has to stay near it, so it is moved only when some score exceeds it by more than
-// SLACK (2^8 at most is far from any overflow, and H and LSE do not depend on m). That takes the rescaling of O, and
-// the exchange of maxima between the four threads of a query, out of nearly every block.
+// m need not be the maximum, it only has to stay near it: H, LSE and O do not depend on it. So no maximum is taken at all
+// after the first block of a tile. The terms are formed with the m at hand, and only if their sum is large (LIMIT) is m
+// moved and the terms, finite still, are scaled down with everything before them. Should they have overflowed (a score
+// 76 nats above all before it), the block's scores are formed anew. This takes the maximum, the exchange between
+// the four threads of a query and the rescaling of O out of nearly every block.
 //
 // Work is dealt to a persistent grid. Tiles [0, full_tiles) are dealt whole, in rounds. The rest, which would leave
 // part of the GPU idle in a last round, is cut into equal runs of key blocks regardless of where tiles end. A tile that is cut leaves unnormalised parts (O, m, l, u) in the workspace, and `toprovar_attention_finish`
@@ -32,7 +34,8 @@
 //     float* part_out, float* part_stats,             workspace, 2 * runs slots of TILE_M * D and of 3 * TILE_M floats
 //     int queries, int past, int fresh, int row_heads, float scale_log2,       scale_log2 = scale * log2(e) > 0
 //     int full_tiles, int run)                        run: key blocks of a run over the tiles from full_tiles on
-//   toprovar_attention_finish<<<blocks, 256>>>(...)   see there
+//   toprovar_attention_finish<<<blocks, 256>>>(...)   merges and takes the mean, see there
+//   toprovar_attention_small<<<8 * R, 512, SMALL_SHARED_BYTES>>>(...)   all of it for at most 64 queries on 128 keys, see there
 //
 // Built by hopper.py with these macros: DTYPE (0 bf16, 1 fp16), HEAD_DIM (64, 80, 96, 128), TILE_N, CONSUMERS, STAGES,
 // CLUSTER (1, 2), ENTROPY (0, 1). `hopper_wgmma.cuh` is written by hopper.py: wrappers wgmma_qk and wgmma_pv of the two
@@ -40,9 +43,6 @@
 
 #include "hopper_wgmma.cuh"
 
-#ifndef SLACK
-#define SLACK 8.0f
-#endif
 #ifndef TURN
 #define TURN 2
 #endif
@@ -67,6 +67,8 @@ constexpr int PAIRS = TILE_N / 4;                     // P packed to 16 bits
 constexpr int GROUPS = HEAD_DIM / 8;                  // 8-column groups of the output
 constexpr int SEAM = TILE_N / CLUSTER % 16 ? 8 : 16;  // rows of the small boxes, see Problem
 constexpr float MASKED = -1e30f;                      // finite: p = 0 and p * (s - m) = -0, where -inf would give NaN
+constexpr float LIMIT = 4096.f;                       // sum of a thread's terms of a block; keeps each in fp16's range
+constexpr float OVERFLOWN = 0x1p110f;                 // beyond this a sum, or a product with the exponent, may be infinite
 constexpr float LN2 = 0.693147180559945f;
 
 static_assert(TILE_N % 16 == 0 && TILE_N <= 256, "TILE_N is the N of one wgmma and the K of the other");
@@ -133,7 +135,9 @@ __device__ __forceinline__ void cluster_sync() {
 // Low word of a shared-memory operand with 128-byte swizzle: address and strides in units of 16 bytes. `leading` is the
 // step between 64-element pieces along N of a transposed operand (unused otherwise). The high word is the same for all
 // of them, OPERAND_HIGH: 1024 bytes between groups of 8 rows, 128-byte swizzle. Steps inside a tile are added to the word.
-__device__ __forceinline__ u32 operand(u32 address, int leading) { return address >> 4 | (u32)(leading >> 4) << 16; }
+__device__ __forceinline__ u32 operand(u32 address, int leading) {
+    return (address & 0x3ffff) >> 4 | (u32)(leading >> 4) << 16;  // in a cluster the higher bits tell the CTA
+}
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -172,13 +176,15 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+#if DTYPE == 0
+#define ELEMENT "bf16"
+#else
+#define ELEMENT "f16"
+#endif
+
 __device__ __forceinline__ u32 pack(float low, float high) {
     u32 pair;
-#if DTYPE == 0
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
+    asm("cvt.rn." ELEMENT "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     return pair;
 }
 
@@ -196,12 +202,31 @@ __device__ __forceinline__ float quad_sum(float x) {
 // the sums: the recurrence is linear in them, so the four threads of a query add up only at the end.
 struct Rows {
     float m[2], l[2], u[2], shrink[2];
-    bool moved;
 };
 
-template <bool FIRST, typename Then>
-__device__ __forceinline__ void softmax(float (&s)[SCORES], Rows& rows, float scale, Then after_maximum) {
-    float top[2] = {s[0], s[2]}, other[2] = {s[1], s[3]};
+// Terms p = 2^(s - m) in place of the scores, and this thread's sums of p and of p (s - m).
+__device__ __forceinline__ void exponentials(float (&s)[SCORES], const Rows& rows, float scale, float (&l)[2], float (&u)[2]) {
+    float sums[4];
+#pragma unroll
+    for (int i = 0; i < SCORES; i++) {
+        const int r = i / 2 % 2;
+        const float centred = fmaf(s[i], scale, -rows.m[r]);
+        s[i] = exp2_fast(centred);
+        sums[i % 4] = i < 4 ? s[i] : sums[i % 4] + s[i];
+#if ENTROPY
+        u[r] = i % 4 == 0 && i < 4 ? s[i] * centred : fmaf(s[i], centred, i == 2 ? 0.f : u[r]);
+#endif
+    }
+    l[0] = sums[0] + sums[1];
+    l[1] = sums[2] + sums[3];
+#if !ENTROPY
+    u[0] = u[1] = 0.f;
+#endif
+}
+
+__device__ __forceinline__ void row_maxima(const float (&s)[SCORES], float (&top)[2]) {
+    float other[2] = {s[1], s[3]};
+    top[0] = s[0], top[1] = s[2];
 #pragma unroll
     for (int i = 4; i < SCORES; i += 4) {
         top[0] = fmaxf(top[0], s[i]);
@@ -209,47 +234,90 @@ __device__ __forceinline__ void softmax(float (&s)[SCORES], Rows& rows, float sc
         top[1] = fmaxf(top[1], s[i + 2]);
         other[1] = fmaxf(other[1], s[i + 3]);
     }
-    top[0] = fmaxf(top[0], other[0]);
-    top[1] = fmaxf(top[1], other[1]);
-    if (FIRST) {
+    top[0] = quad_max(fmaxf(top[0], other[0]));
+    top[1] = quad_max(fmaxf(top[1], other[1]));
+}
+
+// Moves the reference of row r to m; what has been summed follows, and O is to be multiplied by shrink.
+__device__ __forceinline__ void move_reference(Rows& rows, int r, float m) {
+    const float step = rows.m[r] - m;
+    rows.shrink[r] = exp2_fast(step);
+#if ENTROPY
+    rows.u[r] = rows.shrink[r] * fmaf(step, rows.l[r], rows.u[r]);
+#endif
+    rows.l[r] *= rows.shrink[r];
+    rows.m[r] = m;
+}
+
+// Scores of a block once more, for the 16 queries of this warp alone, whose registers hold them as wgmma_qk leaves them.
+__device__ __forceinline__ void scores_again(float (&s)[SCORES], u32 query, u32 key) {
+    const int lane = threadIdx.x % 32, row = lane % 8;
+    const u32 query_row = query + (threadIdx.x / 32 % 4 * 16 + lane % 16) * 128, key_row = key + (lane / 16 * 8 + row) * 128;
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            rows.m[r] = quad_max(top[r]) * scale;
-            rows.l[r] = rows.u[r] = 0.f;
+    for (int i = 0; i < SCORES; i++) s[i] = 0.f;
+#pragma unroll 1
+    for (int k = 0; k < HEAD_DIM / 16; k++) {
+        const int half = k / 4, chunk = k % 4 * 2;
+        u32 a[4], b[4];
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                     : "r"(query_row + half * TILE_M * 128 + ((chunk + lane / 16) ^ row) * 16));
+#pragma unroll
+        for (int n = 0; n < TILE_N / 16; n++) {
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                         : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+                         : "r"(key_row + half * TILE_N * 128 + n * 2048 + ((chunk + lane / 8 % 2) ^ row) * 16));
+#pragma unroll
+            for (int i = 0; i < 2; i++)
+                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                             : "+f"(s[8 * n + 4 * i]), "+f"(s[8 * n + 4 * i + 1]), "+f"(s[8 * n + 4 * i + 2]), "+f"(s[8 * n + 4 * i + 3])
+                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * i]), "r"(b[2 * i + 1]));
         }
-    } else {
-        const bool above = fmaf(top[0], scale, -rows.m[0]) > SLACK || fmaf(top[1], scale, -rows.m[1]) > SLACK;
-        rows.moved = __any_sync(0xffffffffu, above);
-        if (rows.moved) {
+    }
+}
+
+// Softmax of the first block of a tile.
+__device__ __forceinline__ void softmax_first(float (&s)[SCORES], Rows& rows, float scale) {
+    float top[2];
+    row_maxima(s, top);
+    rows.m[0] = top[0] * scale;
+    rows.m[1] = top[1] * scale;
+    exponentials(s, rows, scale, rows.l, rows.u);
+}
+
+// Softmax of a later block; true if the reference has moved. `again` forms the block's scores once more.
+template <typename Again>
+__device__ __forceinline__ bool softmax_next(float (&s)[SCORES], Rows& rows, float scale, Again again) {
+    float l[2], u[2];
+    exponentials(s, rows, scale, l, u);
+    const bool moved = __any_sync(0xffffffffu, !(l[0] < LIMIT && l[1] < LIMIT));
+    if (moved) {
+        float top[2];
+        if (__any_sync(0xffffffffu, !(l[0] < OVERFLOWN && l[1] < OVERFLOWN))) {
+            again();
+            row_maxima(s, top);
+            move_reference(rows, 0, fmaxf(rows.m[0], top[0] * scale));
+            move_reference(rows, 1, fmaxf(rows.m[1], top[1] * scale));
+            exponentials(s, rows, scale, l, u);
+        } else {
+            row_maxima(s, top);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                const float m = fmaxf(rows.m[r], quad_max(top[r]) * scale);
-                const float step = rows.m[r] - m;
-                rows.shrink[r] = exp2_fast(step);
-#if ENTROPY
-                rows.u[r] = rows.shrink[r] * fmaf(step, rows.l[r], rows.u[r]);
-#endif
-                rows.l[r] *= rows.shrink[r];
-                rows.m[r] = m;
+                rows.l[r] += l[r];
+                rows.u[r] += u[r];
+                l[r] = u[r] = 0.f;
+                move_reference(rows, r, rows.m[r] + log2f(fmaxf(top[r], 1.f)));
             }
+#pragma unroll
+            for (int i = 0; i < SCORES; i++) s[i] *= rows.shrink[i / 2 % 2];
         }
     }
-    after_maximum();
-    float l[2] = {0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < SCORES; i++) {
-        const int r = i / 2 % 2;
-        const float centred = fmaf(s[i], scale, -rows.m[r]);
-        const float p = exp2_fast(centred);
-        float& sum = i % 2 ? l[r] : rows.l[r];
-        sum += p;
-#if ENTROPY
-        rows.u[r] = fmaf(p, centred, rows.u[r]);
-#endif
-        s[i] = p;
+    for (int r = 0; r < 2; r++) {
+        rows.l[r] += l[r];
+        rows.u[r] += u[r];
     }
-    rows.l[0] += l[0];
-    rows.l[1] += l[1];
+    return moved;
 }
 
 // Scores of rows [gap, resume) and [end, ...) of a block, which hold no key. Their K and V rows are zeros.
@@ -520,7 +588,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             release(base + KEY_FREE + 8 * keys.stage);
             keys.advance();
             mask_block(work.first);
-            softmax<true>(scores, rows, scale_log2, [] {});
+            softmax_first(scores, rows, scale_log2);
             pack_weights(weights, scores);
 
 #pragma unroll 1
@@ -539,20 +607,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 wgmma_wait<1>();
                 pin(scores);
                 if (TURN == 2) turn_pass();
+                mask_block(block);
+                // K is held until here for the rare case that its scores are needed twice. The branches inside also keep
+                // ptxas from sinking the softmax below the wait for O, where nothing would run beside it.
+                const bool moved = softmax_next(scores, rows, scale_log2, [&] {
+                    scores_again(scores, query, base + KEYS_AT + keys.stage * KEY_BYTES);
+                    mask_block(block);
+                });
                 release(base + KEY_FREE + 8 * keys.stage);
                 keys.advance();
-                mask_block(block);
-                softmax<false>(scores, rows, scale_log2, [&] {
-                    if (TURN == 7) turn_pass();
-                });
-                // Never true. It keeps ptxas from sinking the softmax below the wait, where nothing would run beside it.
-                if (rows.l[0] + rows.l[1] < 0.f) barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
                 wgmma_wait<0>();
                 pin(output);
                 pin(scores);
                 release(base + VALUE_FREE + 8 * values.stage);
                 values.advance();
-                if (rows.moved) {
+                if (moved) {
 #pragma unroll
                     for (int i = 0; i < OUTPUTS; i++) output[i] *= rows.shrink[i / 2 % 2];
                 }
@@ -764,4 +833,213 @@ extern "C" __global__ void __launch_bounds__(256)
         }
     }
 #endif
+}
+
+// --- few queries on few keys -----------------------------------------------------------------------------------------
+//
+// The first scales of an image (1, 4, ... 64 queries on at most 121 keys) are a matter of latency alone: one launch, one
+// round of loads, the older warp-wide mma. A cluster of 8 CTAs does one row (of R), each CTA two heads at a time with 8
+// warps per head; the warps of a head share its queries and its keys among them and merge in shared memory. The mean
+// over heads is taken through the cluster's shared memory, in a fixed order.
+
+namespace {
+
+constexpr int SMALL_QUERIES = 64, SMALL_KEYS = 128, SMALL_CTAS = 8;
+constexpr int PITCH = HEAD_DIM * 2 + 16;  // bytes of a row: 16 more, so that 8 rows lie in different banks
+constexpr int SMALL_K = SMALL_QUERIES * PITCH, SMALL_V = SMALL_K + SMALL_KEYS * PITCH;
+constexpr int SMALL_PARTS = SMALL_K;      // the parts of O take the place of K and V
+constexpr int SMALL_STATS = SMALL_V + SMALL_KEYS * PITCH;       // m, l, u of 8 warps x 16 queries
+constexpr int SMALL_SUMS = SMALL_STATS + 3 * 8 * 16 * 4;        // entropy of each query, summed over this slot's heads
+constexpr int SMALL_SLOT = SMALL_SUMS + SMALL_QUERIES * 4;
+static_assert(2 * SMALL_KEYS * PITCH >= 8 * 16 * HEAD_DIM * 4, "the parts of O must fit where K and V were");
+
+__device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void multiply_small(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(512, 1) __cluster_dims__(SMALL_CTAS, 1, 1)
+    toprovar_attention_small(const void* q, const void* past_k, const void* past_v, const void* new_k, const void* new_v, void* out,
+                             float* head_entropy, float* lse, float* mean_entropy, int queries, int past, int fresh, int row_heads,
+                             int heads, float scale_log2) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const int slot = threadIdx.x / 256, thread = threadIdx.x % 256, warp = thread / 32, lane = thread % 32;
+    unsigned char* mine = shared + slot * SMALL_SLOT;
+    const u32 base = (u32)__cvta_generic_to_shared(mine);
+    float* stats = reinterpret_cast<float*>(mine + SMALL_STATS);
+    float* sums = reinterpret_cast<float*>(mine + SMALL_SUMS);
+    const int row = blockIdx.x / SMALL_CTAS, rank = blockIdx.x % SMALL_CTAS;
+    const int keys = past + fresh, steps = (keys + 15) / 16;
+    const int m_tiles = queries <= 16 ? 1 : queries <= 32 ? 2 : 4, shares = 8 / m_tiles;
+    const int m_tile = warp % m_tiles, share = warp / m_tiles;
+    auto slot_sync = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + slot) : "memory"); };
+
+    if (thread < SMALL_QUERIES) sums[thread] = 0.f;
+    for (int head = rank * 2 + slot; head < heads; head += 2 * SMALL_CTAS) {
+        const int row_head = row * heads + head;
+        constexpr int CHUNKS = HEAD_DIM / 8;
+        auto element = [&](const void* tensor, int at) {
+            return static_cast<const unsigned char*>(tensor) + ((long long)at * row_heads + row_head) * (HEAD_DIM * 2);
+        };
+        auto load_keys = [&](int to, const void* old, const void* next) {
+            for (int i = thread; i < steps * 16 * CHUNKS; i += 256) {
+                const int key = i / CHUNKS, chunk = i % CHUNKS;
+                const bool there = key < keys;
+                const unsigned char* from = key < past ? element(old, key) : element(next, there ? key - past : 0);
+                if (!there && fresh == 0) from = element(old, 0);
+                copy_async(base + to + key * PITCH + chunk * 16, from + chunk * 16, there);
+            }
+        };
+        for (int i = thread; i < m_tiles * 16 * CHUNKS; i += 256) {
+            const int at = i / CHUNKS, chunk = i % CHUNKS;
+            copy_async(base + at * PITCH + chunk * 16, element(q, min(at, queries - 1)) + chunk * 16, at < queries);
+        }
+        load_keys(SMALL_K, past_k, new_k);
+        asm volatile("cp.async.commit_group;" ::: "memory");
+        load_keys(SMALL_V, past_v, new_v);
+        asm volatile("cp.async.commit_group;\ncp.async.wait_group 1;" ::: "memory");
+        slot_sync();
+
+        // This warp: 16 queries, key steps share, share + shares, ... (at most 4).
+        constexpr int MOST = SMALL_KEYS / 16 / 2;
+        float s[MOST][8], o[HEAD_DIM / 2];
+#pragma unroll
+        for (int j = 0; j < MOST; j++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) s[j][i] = 0.f;
+#pragma unroll
+        for (int k = 0; k < HEAD_DIM / 16; k++) {
+            u32 a[4], b[4];
+            load_matrices(a, base + (m_tile * 16 + lane % 16) * PITCH + k * 32 + lane / 16 * 16);
+#pragma unroll
+            for (int j = 0; j < MOST; j++) {
+                const int step = share + j * shares;
+                if (step < steps) {
+                    load_matrices(b, base + SMALL_K + (step * 16 + lane / 16 * 8 + lane % 8) * PITCH + k * 32 + lane / 8 % 2 * 16);
+                    multiply_small(s[j], a, b[0], b[1]);
+                    multiply_small(s[j] + 4, a, b[2], b[3]);
+                }
+            }
+        }
+        float m[2] = {MASKED, MASKED}, l[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
+#pragma unroll
+        for (int j = 0; j < MOST; j++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int key = (share + j * shares) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
+                if (key >= keys) s[j][i] = MASKED;
+                m[i / 2 % 2] = fmaxf(m[i / 2 % 2], s[j][i]);
+            }
+        m[0] = quad_max(m[0]) * scale_log2;
+        m[1] = quad_max(m[1]) * scale_log2;
+#pragma unroll
+        for (int j = 0; j < MOST; j++)
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const int r = i / 2 % 2;
+                const float centred = fmaf(s[j][i], scale_log2, -m[r]);
+                s[j][i] = s[j][i] == MASKED ? 0.f : exp2_fast(centred);  // a share may be without any key, m is MASKED then
+                l[r] += s[j][i];
+                u[r] = fmaf(s[j][i], centred, u[r]);
+            }
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.f;
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        slot_sync();
+#pragma unroll
+        for (int j = 0; j < MOST; j++) {
+            const int step = share + j * shares;
+            if (step < steps) {
+                const u32 a[4] = {pack(s[j][0], s[j][1]), pack(s[j][2], s[j][3]), pack(s[j][4], s[j][5]), pack(s[j][6], s[j][7])};
+#pragma unroll
+                for (int n = 0; n < HEAD_DIM / 16; n++) {
+                    u32 b[4];
+                    load_matrices_transposed(b, base + SMALL_V + (step * 16 + lane % 16) * PITCH + n * 32 + lane / 16 * 16);
+                    multiply_small(o + 8 * n, a, b[0], b[1]);
+                    multiply_small(o + 8 * n + 4, a, b[2], b[3]);
+                }
+            }
+        }
+        slot_sync();  // K and V have been read: the parts may be written over them
+        float* part = reinterpret_cast<float*>(mine + SMALL_PARTS) + warp * (16 * HEAD_DIM) + lane / 4 * HEAD_DIM + lane % 4 * 2;
+#pragma unroll
+        for (int i = 0; i < HEAD_DIM / 8; i++) {
+            *reinterpret_cast<float2*>(part + 8 * i) = make_float2(o[4 * i], o[4 * i + 1]);
+            *reinterpret_cast<float2*>(part + 8 * HEAD_DIM + 8 * i) = make_float2(o[4 * i + 2], o[4 * i + 3]);
+        }
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            l[r] = quad_sum(l[r]);
+            u[r] = quad_sum(u[r]);
+            if (lane % 4 == 0) {
+                float* to = stats + warp * 16 + lane / 4 + 8 * r;
+                to[0] = m[r], to[128] = l[r], to[256] = u[r];
+            }
+        }
+        slot_sync();
+        for (int n = warp; n < queries; n += 8) {  // a warp merges the shares of one query
+            float top = MASKED, sum = 0.f, weighted = 0.f;
+            float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+            for (int i = 0; i < shares; i++) top = fmaxf(top, stats[(i * m_tiles + n / 16) * 16 + n % 16]);
+            for (int i = 0; i < shares; i++) {
+                const int from = i * m_tiles + n / 16;
+                const float* at = stats + from * 16 + n % 16;
+                const float step = at[0] - top, weight = exp2_fast(step);
+                sum = fmaf(weight, at[128], sum);
+                weighted = fmaf(weight, fmaf(step, at[128], at[256]), weighted);
+                if (lane < HEAD_DIM / 4) {
+                    const float4 values = *reinterpret_cast<const float4*>(mine + SMALL_PARTS + ((from * 16 + n % 16) * HEAD_DIM + lane * 4) * 4);
+                    total.x = fmaf(weight, values.x, total.x);
+                    total.y = fmaf(weight, values.y, total.y);
+                    total.z = fmaf(weight, values.z, total.z);
+                    total.w = fmaf(weight, values.w, total.w);
+                }
+            }
+            const float inverse = 1.f / sum, log_sum = log2f(sum);
+            if (lane < HEAD_DIM / 4)
+                *reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + ((long long)n * row_heads + row_head) * (HEAD_DIM * 2) + lane * 8) =
+                    make_uint2(pack(total.x * inverse, total.y * inverse), pack(total.z * inverse, total.w * inverse));
+            if (lane == 0) {
+                const float entropy = LN2 * (log_sum - weighted * inverse);
+                sums[n] += entropy;
+                if (head_entropy != nullptr) head_entropy[(long long)row_head * queries + n] = entropy;
+                if (lse != nullptr) lse[(long long)row_head * queries + n] = LN2 * (top + log_sum);
+            }
+        }
+        slot_sync();
+    }
+
+    if (mean_entropy == nullptr) return;
+    cluster_sync();
+    const int n = threadIdx.x * SMALL_CTAS + rank;  // the CTAs of the cluster share the queries
+    if (n < queries) {
+        float total = 0.f;
+#pragma unroll
+        for (int i = 0; i < 2 * SMALL_CTAS; i++) {
+            u32 remote;
+            float value;
+            const u32 local = (u32)__cvta_generic_to_shared(shared) + i % 2 * SMALL_SLOT + SMALL_SUMS + n * 4;
+            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(i / 2));
+            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
+            total += value;
+        }
+        mean_entropy[(long long)row * queries + n] = total / heads;
+    }
+    cluster_sync();  // no CTA leaves while its sums may still be read
 }
