@@ -618,7 +618,8 @@ class Infinity(Backbone):
 def unconditional_text(tokens: int, width: int) -> Tensor:
     """The learned unconditional text before any training: `[tokens, width]`, the same at every start (seed 0)."""
     generator = torch.Generator().manual_seed(0)
-    return nn.init.trunc_normal_(torch.empty(tokens, width), std=1.2, generator=generator) / width**0.5
+    values = nn.init.trunc_normal_(torch.empty(tokens, width, device="cpu"), std=1.2, generator=generator) / width**0.5
+    return values.to(torch.get_default_device())
 
 
 @dataclass(frozen=True)
