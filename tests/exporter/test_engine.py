@@ -1,0 +1,234 @@
+"""Engines: the shapes of every scale, keys that change with what an engine depends on, and real builds."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from tests.exporter.conftest import CONDITION, plan_of
+from toprovar.errors import InputError, TargetError
+from toprovar.exporter import engine
+from toprovar.exporter.engine import (
+    BuiltEngine,
+    EngineOptions,
+    ShapeProfile,
+    build_engines,
+    open_builder,
+    shape_profiles,
+)
+from toprovar.exporter.package import write_bundle
+from toprovar.profiles.manifest import GraphInfo, TensorInfo
+from toprovar.runtime.bundle import open_bundle
+
+
+def built_with(builder):
+    """Why a test that needs this target's builder cannot run, or None."""
+    try:
+        open_builder(builder)
+    except TargetError as error:
+        return str(error)
+    return None
+
+
+NO_RTX = built_with("tensorrt-rtx")
+needs_rtx = pytest.mark.skipif(NO_RTX is not None, reason=str(NO_RTX))
+
+
+@pytest.fixture(scope="module")
+def bundle(half_exporter, tmp_path_factory):
+    """A half-precision bundle without engines."""
+    folder = tmp_path_factory.mktemp("engine") / "half"
+    plan = plan_of(half_exporter.backbone, "gdg")
+    write_bundle(folder, half_exporter, plan, name="half", condition=CONDITION, golden={})
+    return open_bundle(folder)
+
+
+def arguments(bundle):
+    """What `build_engines` takes of a bundle."""
+    manifest = bundle.manifest
+    constants = {name: array.shape for name, array in bundle.constants.items()}
+    return bundle.root, dict(manifest.graphs), manifest.schedules, constants, manifest.model, CONDITION
+
+
+class FakeBuilder:
+    """Notes what it is asked for."""
+
+    target, version = "tensorrt-rtx", "1"
+
+    def __init__(self):
+        self.asked = []
+
+    def build(self, graph, profiles, options):
+        self.asked.append((graph.name, len(profiles)))
+        return BuiltEngine(graph.name.encode(), 1, 0.0)
+
+
+# --- shapes
+
+
+def test_there_is_one_profile_for_every_scale_of_every_class_and_none_twice(bundle):
+    _, graphs, schedules, constants, model, condition = arguments(bundle)
+    profiles = shape_profiles(graphs["step"], "step", schedules, constants, model, condition)
+    assert all(profile.least == profile.best == profile.greatest for profile in profiles)
+    sizes = [
+        tuple(profile.best[name][0] for name in ("x", "keep_slots", "past_k_0", "past_k_1")) for profile in profiles
+    ]
+    # Scales of 1, 4, 9, 16, 36 tokens; class "coarse" is pruned from 16 on, "fine" at 36 only.
+    coarse = [(1, 1, 0, 0), (4, 4, 1, 1), (9, 9, 5, 5), (16, 5, 14, 14), (36, 12, 30, 19)]
+    assert sizes == [*coarse, (16, 16, 14, 14), (36, 12, 30, 30)]
+    assert profiles[0].best["x"] == (1, 2, 64) and profiles[0].best["modulation"] == (3, 6, 2, 64)
+    assert profiles[4].best["span_cache_0"] == (9, 2, 64) and profiles[4].best["area_rows"] == (6, 3)
+    advance = shape_profiles(graphs["advance"], "advance", schedules, constants, model, condition)
+    assert [profile.best["next_position"][0] for profile in advance] == [4, 9, 16, 36, 1]
+    assert len(shape_profiles(graphs["decoder"], "decoder", schedules, constants, model, condition)) == 1
+
+
+def test_shapes_follow_the_batch(bundle):
+    _, graphs, schedules, constants, model, condition = arguments(bundle)
+    (prefix,) = shape_profiles(graphs["prefix"], "prefix", schedules, constants, model, condition, batch=3)
+    assert prefix == ShapeProfile.fixed({"labels": (3,)})
+    advance = shape_profiles(graphs["advance"], "advance", schedules, constants, model, condition, batch=3)
+    assert advance[1].best["logits"] == (4, 6, 48) and advance[1].best["noise"] == (4, 3, 48)
+
+
+def test_text_has_a_range(bundle):
+    *_, schedules, constants, model, _ = arguments(bundle)
+    text = CONDITION.model_copy(update={"kind": "text", "labels": (), "text_maximum_tokens": 512})
+    info = GraphInfo(
+        file="prefix.onnx",
+        inputs=(TensorInfo(name="text_features", dtype="float32", shape=("B", "T", 8)),),
+        outputs=(),
+    )
+    (profile,) = shape_profiles(info, "prefix", schedules, constants, model, text)
+    shapes = [dict(one)["text_features"] for one in (profile.least, profile.best, profile.greatest)]
+    assert shapes == [(1, 1, 8), (1, 64, 8), (1, 512, 8)]
+
+
+def test_a_size_that_no_scale_states_is_a_defect(bundle):
+    *_, schedules, constants, model, condition = arguments(bundle)
+    info = GraphInfo(file="s.onnx", inputs=(TensorInfo(name="x", dtype="float32", shape=("Q",)),), outputs=())
+    with pytest.raises(ValueError, match="x has a size 'Q' that no scale states"):
+        shape_profiles(info, "step", schedules, constants, model, condition)
+
+
+# --- options, keys, cache
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), [({"batch": 0}, "a batch of 0"), ({"optimization_level": 6}, "valid is 0 to 5")]
+)
+def test_options_out_of_range_are_refused(options, text):
+    with pytest.raises(InputError, match=text):
+        EngineOptions(**options)
+
+
+def test_a_key_changes_with_everything_that_an_engine_depends_on(tmp_path):
+    graph, weights = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
+    graph.write_bytes(b"graph")
+    profile, options, builder = ShapeProfile.fixed({"x": (1, 2)}), EngineOptions(), FakeBuilder()
+    keys = [engine._cache_key(builder, graph, [profile], options)]
+    assert keys[0] == engine._cache_key(FakeBuilder(), graph, [profile], EngineOptions())
+    keys.append(engine._cache_key(builder, graph, [profile, profile], options))
+    keys.append(engine._cache_key(builder, graph, [ShapeProfile.fixed({"x": (1, 3)})], options))
+    keys.append(engine._cache_key(builder, graph, [profile], dataclasses.replace(options, tf32=False)))
+    builder.version = "2"
+    keys.append(engine._cache_key(builder, graph, [profile], options))
+    weights.write_bytes(b"weights")
+    keys.append(engine._cache_key(builder, graph, [profile], options))
+    graph.write_bytes(b"graph!")
+    keys.append(engine._cache_key(builder, graph, [profile], options))
+    assert len(set(keys)) == len(keys)
+
+
+def test_what_is_in_the_cache_is_not_built_again(bundle, tmp_path):
+    _, *rest = arguments(bundle)
+    for name in ("prefix", "step", "advance", "decoder"):
+        (tmp_path / f"{name}.onnx").write_bytes(bundle.path(f"{name}.onnx").read_bytes())
+    first, second = FakeBuilder(), FakeBuilder()
+    info = build_engines(first, tmp_path, *rest, cache=tmp_path / "cache")
+    again = build_engines(second, tmp_path, *rest, cache=tmp_path / "cache")
+    assert first.asked == [("prefix.onnx", 1), ("step.onnx", 7), ("advance.onnx", 5), ("decoder.onnx", 1)]
+    assert second.asked == [] and again == info
+    assert info.engines["step"] == "engines/tensorrt-rtx/step.engine" and info.batch == 1
+    assert (tmp_path / info.engines["step"]).read_bytes() == b"step.onnx"
+
+
+# --- builders
+
+
+def test_a_target_without_a_builder_is_one_line():
+    with pytest.raises(TargetError, match="target 'onnxruntime': no engines are built for it; valid: tensorrt-rtx"):
+        open_builder("onnxruntime")
+
+
+def test_a_missing_builder_names_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(TargetError, match=r"pip install 'toprovar\[tensorrt-rtx\]'"):
+        open_builder("tensorrt-rtx")
+
+
+def test_more_tokens_than_topk_takes_are_refused(bundle):
+    if NO_RTX:
+        pytest.skip(NO_RTX)
+    profile = ShapeProfile.fixed({"keep_slots": (4096,)})
+    with pytest.raises(TargetError, match=r"keeps 4096 tokens at a scale; TensorRT's TopK ends at 3840"):
+        open_builder("tensorrt-rtx").build(bundle.path("step.onnx"), [profile], EngineOptions())
+
+
+def test_building_needs_no_pytorch():
+    code = "import sys, toprovar.exporter.engine; print(sorted({'torch', 'onnxscript'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_tensorrt_rtx_builds_every_graph(half_exporter, tmp_path):
+    """No GPU is needed. Running the engines needs an RTX GPU, which is not looked for here."""
+    plan = plan_of(half_exporter.backbone, "gdg")
+    stages = []
+    write_bundle(
+        tmp_path / "b",
+        half_exporter,
+        plan,
+        name="engines",
+        condition=CONDITION,
+        golden={},
+        target="tensorrt-rtx",
+        on_stage=stages.append,
+    )
+    bundle = open_bundle(tmp_path / "b")
+    info = bundle.manifest.targets["tensorrt-rtx"]
+    assert info.engines == {name: f"engines/tensorrt-rtx/{name}.engine" for name in bundle.manifest.graphs}
+    assert all(bundle.manifest.files[file].size_bytes > 10_000 for file in info.engines.values())
+    assert info.version == open_builder("tensorrt-rtx").version and info.cache_key and info.batch == 1
+    assert [stage for stage in stages if stage.startswith("engine")] == [
+        *("engine prefix, 1 shapes", "engine step, 7 shapes", "engine advance, 5 shapes", "engine decoder, 1 shapes")
+    ]
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_tensorrt_rtx_takes_the_options(bundle):
+    root, graphs, schedules, constants, model, condition = arguments(bundle)
+    profiles = shape_profiles(graphs["prefix"], "prefix", schedules, constants, model, condition)
+    options = EngineOptions(tf32=False, workspace_bytes=1 << 28, optimization_level=1, compute_capabilities=("8.9",))
+    built = open_builder("tensorrt-rtx").build(root / "prefix.onnx", profiles, options)
+    assert len(built.data) > 10_000 and built.layers > 10 and built.seconds > 0
+    with pytest.raises(InputError, match=r"compute capability '9.0': TensorRT-RTX builds for 12.0, 12.1, 7.5"):
+        open_builder("tensorrt-rtx").build(
+            root / "prefix.onnx", profiles, dataclasses.replace(options, compute_capabilities=("9.0",))
+        )
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_a_graph_that_tensorrt_rtx_does_not_know_is_one_line(tmp_path):
+    import onnx.parser
+
+    text = '<ir_version: 10, opset_import: ["" : 20, "x" : 1]> g (float[2] a) => (float[2] b) { b = x.Unknown(a) }'
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "g.onnx")
+    with pytest.raises(TargetError, match=r"cannot parse g.onnx: \S") as caught:
+        open_builder("tensorrt-rtx").build(tmp_path / "g.onnx", [], EngineOptions())
+    assert "\n" not in str(caught.value)
