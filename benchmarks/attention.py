@@ -32,7 +32,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from toprovar.kernels import area_matrix, contract
+from toprovar.kernels import (
+    area_matrix,
+    contract,
+    entropy_attention,
+    gather_tokens,
+    restore_tokens,
+    scatter_tokens,
+    select_tokens,
+)
 from toprovar.kernels.oracle import attention_oracle, gather_oracle, restore_oracle, select_oracle
 
 INFINITY = tuple(n * n for n in (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64))
@@ -145,8 +153,8 @@ def naive(x: Inputs, scale: float) -> Result:
 
 def ours(entropy: str) -> Callable[[Inputs, float], Result]:
     def run(x: Inputs, scale: float) -> Result:
-        out, mean, _ = torch.ops.toprovar.entropy_attention(*x.pieces, scale, entropy, False)
-        return out, mean if entropy == "mean" else None
+        found = entropy_attention(*x.pieces, scale=scale, entropy=entropy)
+        return found.out, found.entropy
 
     return run
 
@@ -175,20 +183,31 @@ def implementations() -> dict[str, Callable[[Inputs, float], Result]]:
     }
 
 
-def errors(p: Problem, x: Inputs, scale: float, result: Result) -> dict[str, float]:
-    """Against the oracle on at most 16 queries of the first and the last row."""
-    sample = torch.linspace(0, p.queries - 1, min(p.queries, 16), device="cuda").long()
-    rows = torch.tensor(sorted({0, p.rows - 1}), device="cuda")
-    q, *keys = (t[:, rows] for t in x.pieces)
-    wanted, entropy, _ = attention_oracle(q[sample], *keys, scale)
-    out, mean = result
-    if out.shape[0] == p.rows and out.shape[2] == p.queries and out.shape[1] == p.heads:
-        out = out.permute(2, 0, 1, 3)
-    found = out[sample][:, rows].double()
-    measured = {"out_relative": float((found - wanted).norm() / wanted.norm())}
-    if mean is not None:
-        measured["entropy_nats"] = float((mean[rows][:, sample].double() - entropy.mean(1)).abs().max())
-    return measured
+@dataclass
+class Oracle:
+    """What is right for at most 16 queries of the first and the last row."""
+
+    queries: Tensor
+    rows: Tensor
+    out: Tensor
+    entropy: Tensor
+
+    @classmethod
+    def of(cls, p: Problem, x: Inputs, scale: float) -> Oracle:
+        queries = torch.linspace(0, p.queries - 1, min(p.queries, 16), device="cuda").long()
+        rows = torch.tensor(sorted({0, p.rows - 1}), device="cuda")
+        q, past_k, past_v, new_k, new_v = (t[:, rows] for t in x.pieces)
+        out, entropy, _ = attention_oracle(q[queries], past_k, past_v, new_k, new_v, scale)
+        return cls(queries, rows, out, entropy.mean(1))
+
+    def errors(self, result: Result, sequence_first: bool) -> dict[str, float]:
+        out, mean = result
+        found = (out if sequence_first else out.permute(2, 0, 1, 3))[self.queries][:, self.rows].double()
+        measured = {"out_relative": float((found - self.out).norm() / self.out.norm())}
+        if mean is not None:
+            sampled = mean[self.rows][:, self.queries].double()
+            measured["entropy_nats"] = float((sampled - self.entropy).abs().max())
+        return measured
 
 
 def allowed(name: str) -> dict[str, float]:
@@ -239,6 +258,7 @@ def measure(p: Problem, budget_ms: float) -> dict[str, Any]:
     torch.manual_seed(p.queries)
     scale = p.head_dim**-0.5
     sets = [make_inputs(p) for _ in range(max(1, min(MAX_SETS, -(-L2_BYTES_TO_EXCEED // p.bytes))))]
+    oracle = Oracle.of(p, sets[0], scale)
     results: dict[str, dict[str, Any]] = {}
     graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
     for name, run in implementations().items():
@@ -246,7 +266,7 @@ def measure(p: Problem, budget_ms: float) -> dict[str, Any]:
             results[name] = {"skipped": "its scores would not fit in memory"}
             continue
         try:
-            found = errors(p, sets[0], scale, run(sets[0], scale))
+            found = oracle.errors(run(sets[0], scale), name.startswith(("toprovar", "triton")))
         except RuntimeError as error:
             results[name] = {"skipped": str(error).splitlines()[0][:200]}
             continue
@@ -289,23 +309,22 @@ def measure_tokens(budget_ms: float, bandwidth: float) -> list[dict[str, Any]]:
         indices = select_oracle(entropy, keep)
         sets.append((entropy, x, kept, delta, indices))
     matrix, slots = resize.float(), torch.empty(keep, device="cuda")
-    top = torch.ops.toprovar
     row = 2 * rows * width
     calls: dict[str, tuple[Callable[..., Tensor], int, Callable[..., Tensor]]] = {
         # call, bytes that must move, oracle
-        "select": (lambda e, x, k, d, i: top.select_tokens(e, slots), 4 * (n + keep), lambda e, x, k, d, i: i),
+        "select": (lambda e, x, k, d, i: select_tokens(e, slots), 4 * (n + keep), lambda e, x, k, d, i: i),
         "gather": (
-            lambda e, x, k, d, i: top.gather_tokens(x, i),
+            lambda e, x, k, d, i: gather_tokens(x, i),
             2 * keep * row,
             lambda e, x, k, d, i: gather_oracle(x, i),
         ),
         "scatter": (
-            lambda e, x, k, d, i: top.scatter_tokens(x, k, i),
+            lambda e, x, k, d, i: scatter_tokens(x, k, i),
             2 * n * row,
             lambda e, x, k, d, i: x.scatter(0, i.long().t()[:, :, None].expand(keep, rows, width), k),
         ),
         "restore": (
-            lambda e, x, k, d, i: top.restore_tokens(x, k, i, d, matrix, matrix),
+            lambda e, x, k, d, i: restore_tokens(x, k, i, d, matrix, matrix),
             (2 * n + cached * cached) * row,
             lambda e, x, k, d, i: restore_oracle(x, k, i, d, resize, resize),
         ),
@@ -425,6 +444,12 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
@@ -445,20 +470,20 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("no CUDA GPU is available; the benchmark measures nothing else")
 
-    budget_ms = 15.0 if given.quick else 30.0
+    budget_ms = 20.0
     report: dict[str, Any] = {"machine": machine(), "quick": given.quick, "attention": []}
-    for problem in problems(models, given.quick):
-        report["attention"].append(measure(problem, budget_ms))
-        print(".", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     report["copy_gb_s"] = copy_bandwidth(budget_ms)
     report["tokens"] = measure_tokens(budget_ms, report["copy_gb_s"])
     given.out.mkdir(parents=True, exist_ok=True)
     name = "attention-" + report["machine"]["gpu"].lower().replace(" ", "-") + ("-quick" if given.quick else "")
-    (given.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = render(report)
-    (given.out / f"{name}.md").write_text(text, encoding="utf-8")
-    print(text)
+    for model in models:
+        for problem in problems([model], given.quick):
+            report["attention"].append(measure(problem, budget_ms))
+        # After each model, so that a run that is cut short keeps what it has.
+        write(given.out / f"{name}.json", json.dumps(report, indent=1) + "\n")
+        write(given.out / f"{name}.md", render(report))
+        print(f"{model} done", file=sys.stderr, flush=True)
+    print(render(report))
     wrong = [
         f"{row['model']} {row['queries']} x {row['keys']} {name}: {result['errors']}"
         for row in report["attention"]

@@ -30,7 +30,7 @@ CANDIDATES = tuple(
         (128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3),
     )
 )  # fmt: skip
-BLOCKS = ((4, 512, 4), (8, 512, 4), (8, 256, 4), (2, 1024, 4), (4, 1024, 8), (1, 2048, 4), (16, 256, 8), (8, 128, 4))
+BLOCKS = ((2048, 4), (2048, 8), (2048, 2), (1024, 4), (1024, 2))
 Graphs = dict[str, tuple[torch.cuda.CUDAGraph, int]]
 
 
@@ -88,12 +88,12 @@ def tune_tokens() -> None:
         "gather": (lambda: [gather_tokens(s[0], s[2]) for s in sets], 2 * keep),
     }
     for op, (run, tokens) in runs.items():
-        usual = tuning.RESTORE_BLOCK, tuning.GATHER_BLOCK
+        usual = tuning.TOKEN_BLOCK
         graphs: Graphs = {}
         for block in BLOCKS:
-            tuning.RESTORE_BLOCK = tuning.GATHER_BLOCK = block
+            tuning.TOKEN_BLOCK = block
             graphs[f"{op} {block}"] = capture(run), 4
-        tuning.RESTORE_BLOCK, tuning.GATHER_BLOCK = usual
+        tuning.TOKEN_BLOCK = usual
         for name, t in sorted(time_graphs(graphs, 15.0).items(), key=lambda item: item[1]["median_ms"]):
             rate = 2 * rows * width * tokens / t["median_ms"] / 1e6
             print(f"    {name:26} {1e3 * t['median_ms']:7.1f} us {rate:6.0f} GB/s")

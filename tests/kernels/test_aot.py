@@ -57,10 +57,12 @@ def test_table_has_every_variant_that_a_launch_can_ask_for() -> None:
                 for tile in ("wide", "narrow"):
                     assert (arch, dtype, head_dim, tile) in tuning.TILES
     for head_dim in range(8, contract.MAX_HEAD_DIM + 1, 8):
-        d0, d1 = tuning.split_head_dim(head_dim)
-        assert d0 + d1 >= head_dim and {d0, d1} <= {0, 16, 32, 64, 128} and (d1 == 0 or d0 < head_dim)
+        for arch in tuning.ARCHS:
+            d0, d1 = tuning.split_head_dim(arch, head_dim)
+            assert d0 + d1 >= head_dim and {d0, d1} <= {0, 16, 32, 64, 128} and (d1 == 0 or d0 < head_dim)
         assert tuning.head_bucket(head_dim) >= head_dim
-    assert [tuning.split_head_dim(d) for d in contract.HEAD_DIMS] == [(64, 0), (64, 16), (64, 32), (128, 0)]
+    assert [tuning.split_head_dim(80, d) for d in contract.HEAD_DIMS] == [(64, 0), (64, 16), (64, 32), (128, 0)]
+    assert [tuning.split_head_dim(90, d) for d in contract.HEAD_DIMS] == [(64, 0), (128, 0), (128, 0), (128, 0)]
 
 
 @pytest.mark.parametrize("queries", [1, 16, 100, 410, 4096])
@@ -96,7 +98,7 @@ def test_index_says_what_a_launcher_needs(library: Path) -> None:
     gather = next(entry for entry in index["kernels"] if entry["op"] == "gather_tokens")
     assert gather["source"] == "triton" and gather["tensor_maps"] is False and gather["threads"] == 128
     assert [p["name"] for p in gather["parameters"]][:3] == ["x", "indices", "kept"]
-    assert gather["grid"][2] == {"size": "channels", "per_program": tuning.GATHER_BLOCK[1]}
+    assert gather["grid"][1] == {"size": "channels", "per_program": tuning.TOKEN_BLOCK[0]}
     assert {tile["arch"] for tile in index["tuning"]["tiles"]} == {80}
     assert not list(library.parent.glob(".*"))
 

@@ -11,17 +11,19 @@ import torch
 from torch import Tensor
 
 from toprovar.kernels import (
+    aot,
     area_matrix,
     contract,
     entropy_attention,
     gather_tokens,
+    loader,
     restore_tokens,
     scatter_tokens,
     select_tokens,
 )
 from toprovar.kernels.oracle import attention_oracle, gather_oracle, restore_oracle, scatter_oracle, select_oracle
 
-from .cases import DISTRIBUTIONS, Inputs, attention_errors, attention_inputs, relative
+from .cases import DISTRIBUTIONS, Inputs, attention_errors, attention_inputs, plain_attention, relative
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +47,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor, Tensor]]] = {"tri
 
 # (N, P, L, R, H)
 SIZES = {
-    "wide": (700, 601, 700, 4, 7),
+    "wide": (1537, 601, 1537, 4, 7),
     "narrow": (65, 40, 81, 2, 5),
     "split": (37, 4001, 37, 2, 3),
     "no_past": (129, 0, 129, 2, 3),
@@ -196,7 +198,7 @@ def test_gather_scatter_and_restore_on_the_gpu(grids: tuple[int, int, int, int],
     (h, w, hc, wc), rows, images = grids, 4, 2
     n = h * w
     keep = n * 3 // 8 + 1
-    x, kept, cache = (torch.randn(m, rows, c).to(DTYPES[dtype]).cuda() for m in (n, keep, hc * wc))
+    x, kept, cache = (torch.randn(m, rows, c, device="cuda").to(DTYPES[dtype]) for m in (n, keep, hc * wc))
     indices = select_tokens(torch.rand(images, n).cuda(), torch.empty(keep))
     assert torch.equal(gather_tokens(x, indices), gather_oracle(x, indices))
     assert torch.equal(scatter_tokens(x, kept, indices), scatter_oracle(x, kept, indices))
@@ -212,8 +214,6 @@ def test_gather_scatter_and_restore_on_the_gpu(grids: tuple[int, int, int, int],
 
 def test_library_launch_equals_the_jit_launch_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launch = pytest.importorskip("toprovar.kernels.launch", reason="Triton is not installed")
-    from toprovar.kernels import aot, loader, tuning
-
     arch, sm_count = launch._device(0)
     if arch != sum(a * b for a, b in zip((10, 1), torch.cuda.get_device_capability(), strict=True)):
         pytest.skip(f"the table has no kernels for this GPU itself, only for sm_{arch}")
@@ -231,7 +231,7 @@ def test_library_launch_equals_the_jit_launch_bit_for_bit(tmp_path: Path, monkey
 
     splits = set()
     for entropy in ("mean", "none"):
-        for n, past, new in ((700, 601, 700), (65, 40, 81), (37, 4001, 37)):
+        for n, past, new in ((1537, 601, 1537), (65, 40, 81), (37, 4001, 37)):
             x, scale = attention_inputs("normal", (n, past, new, 4, 7, 128), torch.bfloat16, device="cuda")
             out, mean, _ = launch.entropy_attention(*x, scale, entropy, False)
             call = loader.AttentionLaunch(library, arch, "bfloat16", 4, 7, 128, n, past, new, scale, entropy, sm_count)
@@ -255,25 +255,61 @@ def test_library_launch_equals_the_jit_launch_bit_for_bit(tmp_path: Path, monkey
     assert torch.equal(found, indices)
     x, cache = (torch.randn(n, 4, 96, device="cuda", dtype=torch.bfloat16) for n in (900, 400))
     kept = gather_tokens(x, indices)
-    sizes = {"n_tokens": 900, "rows": 4, "images": 2, "keep": 200, "width_units": 96 // 8}
+    sizes = {"rows": 4, "images": 2, "keep": 200, "width_units": 96 // 8}
     found = torch.empty_like(kept)
     library.load(f"gather_sm{arch}_bfloat16").launch(
-        {"x": x.data_ptr(), "indices": indices.data_ptr(), "kept": found.data_ptr(), **sizes},
-        channels=96,
-        stream=stream,
-    )
+        {"x": x.data_ptr(), "indices": indices.data_ptr(), "kept": found.data_ptr(), "n_tokens": 900, **sizes},
+        kept_rows=200 * 4, channels=96, stream=stream,
+    )  # fmt: skip
     assert torch.equal(found, kept)
     resize = area_matrix(30, 20).float().cuda()
     restored = restore_tokens(x, -kept, indices, cache, resize, resize)
     found, negative = torch.empty_like(x), -kept
     tensors = {"x": x, "kept": negative, "indices": indices, "cache": cache, "y": found}
+    grids = {"grid_h": 30, "grid_w": 30, "cache_h": 20, "cache_w": 20, "span_h": 2, "span_w": 2}
     library.load(f"restore_sm{arch}_bfloat16").launch(
-        {
-            **{name: tensor.data_ptr() for name, tensor in tensors.items()}, **sizes,
-            "search_steps": (200).bit_length(), "grid_h": 30, "grid_w": 30, "cache_h": 20, "cache_w": 20,
-            "span_h": launch._span(30, 20), "span_w": launch._span(30, 20),
-        },
-        channels=96, stream=stream,
+        {**{name: tensor.data_ptr() for name, tensor in tensors.items()}, **sizes, **grids},
+        token_rows=900 * 4, channels=96, stream=stream,
     )  # fmt: skip
     assert torch.equal(found, restored)
-    assert tuning.SHARED_LIMIT_BYTES[arch] >= max(entry["shared_bytes"] for entry in library.index["kernels"])
+
+
+class PtxLibrary(loader.Library):
+    """Kernels of an older architecture as PTX, which the driver compiles for the GPU at hand."""
+
+    def __init__(self, arch: int, dtype: str, head_dim: int) -> None:
+        self._entries, self._loaded, self.images = {}, {}, {}
+        for variant in aot.variants([arch]):
+            fits = variant.dtype in (dtype, "float32") and variant.describes.get("head_dim", head_dim) == head_dim
+            if variant.op == "entropy_attention" and fits and variant.describes.get("heads_pad", 32) == 32:
+                if variant.describes.get("entropy", "mean") == "mean":
+                    self.images[variant.name], self._entries[variant.name] = aot.compile_variant(variant, "ptx")
+
+    def load(self, name: str) -> loader.Kernel:
+        if name not in self._loaded:
+            self._loaded[name] = loader.Kernel(self._entries[name], self.images[name])
+        return self._loaded[name]
+
+
+@pytest.mark.parametrize("head_dim", contract.HEAD_DIMS, ids=lambda d: f"d{d}_")
+@pytest.mark.parametrize("arch", [80, 86])
+def test_attention_of_ampere_computes_the_same(arch: int, head_dim: int) -> None:
+    """The tiles and the matrix products (mma.sync) of older architectures; their speed is not what is looked at."""
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU is older than the kernels")
+    pytest.importorskip("triton", reason="Triton is not installed")
+    library = PtxLibrary(arch, "bfloat16", head_dim)
+    chosen = set()
+    for n, past, new, r, h in ((700, 601, 700, 4, 7), (129, 0, 129, 2, 3), (37, 4001, 37, 2, 3)):
+        x, scale = attention_inputs("normal", (n, past, new, r, h, head_dim), torch.bfloat16, device="cuda")
+        call = loader.AttentionLaunch(library, arch, "bfloat16", r, h, head_dim, n, past, new, scale, "mean", 20)
+        chosen.add((call.config.tile_name, call.config.splits > 1))
+        out, mean = torch.empty_like(x.q), torch.empty(r, n, device="cuda")
+        workspace = torch.empty(call.workspace_bytes // 4, dtype=torch.float32, device="cuda")
+        pointers = {name: tensor.data_ptr() for name, tensor in x._asdict().items()}
+        stream = torch.cuda.current_stream().cuda_stream
+        call.run(pointers | {"out": out.data_ptr(), "entropy": mean.data_ptr()}, workspace.data_ptr(), stream)
+        wanted, entropy, _ = attention_oracle(*x, scale)
+        assert relative(out, wanted) <= 2 * relative(plain_attention(x, scale), wanted)
+        assert (mean - entropy.mean(1)).abs().max() <= 2e-3
+    assert chosen == {("wide", False), ("narrow", False), ("narrow", True)}

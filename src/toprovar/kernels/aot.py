@@ -57,12 +57,12 @@ class Variant:
     num_stages: int = 3
     floats: tuple[str, ...] = ()
     describes: dict[str, Any] = field(default_factory=dict)
-    """What a launcher chooses by: head_dim, entropy, tile, split, heads_pad, cache, block."""
+    """What a launcher chooses by: head_dim, entropy, tile, split, heads_pad, block, cache."""
 
 
 def _attention_variants(arch: int) -> Iterator[Variant]:
     for dtype, head_dim in itertools.product(("float16", "bfloat16"), contract.HEAD_DIMS):
-        d0, d1 = tuning.split_head_dim(head_dim)
+        d0, d1 = tuning.split_head_dim(arch, head_dim)
         for tile_name, entropy, split in (
             ("wide", "none", False),
             ("wide", "mean", False),
@@ -138,7 +138,7 @@ def _token_variants(arch: int) -> Iterator[Variant]:
             describes={"block": block},
         )
     for dtype in contract.DTYPES:
-        block_t, block_c, warps = tuning.GATHER_BLOCK
+        block_c, warps = tuning.TOKEN_BLOCK
         yield Variant(
             name=f"gather_sm{arch}_{dtype}",
             op="gather_tokens",
@@ -146,22 +146,22 @@ def _token_variants(arch: int) -> Iterator[Variant]:
             arch=arch,
             dtype=dtype,
             pointers={"x": dtype, "indices": "int32", "kept": dtype},
-            constants={"UNIT": 8, "BLOCK_T": block_t, "BLOCK_C": block_c},
-            grid=(("keep", block_t), ("rows", 1), ("channels", block_c)),
+            constants={"UNIT": 8, "BLOCK_C": block_c},
+            grid=(("kept_rows", 1), ("channels", block_c), ("one", 1)),
             num_warps=warps,
         )
-        block_t, block_c, warps = tuning.RESTORE_BLOCK
-        for cache in (False, True):
+        for name, cache in (("scatter", 0), ("restore", 1), ("restore_any", 2)):
             yield Variant(
-                name=f"{'restore' if cache else 'scatter'}_sm{arch}_{dtype}",
+                name=f"{name}_sm{arch}_{dtype}",
                 op="restore_tokens" if cache else "scatter_tokens",
                 kernel="restore_kernel",
                 arch=arch,
                 dtype=dtype,
                 pointers={"x": dtype, "kept": dtype, "indices": "int32", "cache": dtype, "y": dtype},
-                constants={"CACHE": cache, "UNIT": 8, "BLOCK_T": block_t, "BLOCK_C": block_c},
-                grid=(("n_tokens", block_t), ("rows", 1), ("channels", block_c)),
+                constants={"CACHE": cache, "UNIT": 8, "BLOCK_C": block_c, "SAMPLES": tuning.RESTORE_SAMPLES},
+                grid=(("token_rows", 1), ("channels", block_c), ("one", 1)),
                 num_warps=warps,
+                describes={"cache": cache},
             )
 
 
@@ -170,8 +170,8 @@ def variants(archs: Iterable[int] = tuning.ARCHS) -> list[Variant]:
     return [v for arch in archs for v in (*_attention_variants(arch), *_token_variants(arch))]
 
 
-def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
-    """(cubin, index entry without file name) of one kernel; needs Triton, no GPU."""
+def compile_variant(variant: Variant, image: str = "cubin") -> tuple[bytes, dict[str, Any]]:
+    """(cubin or PTX text, index entry without file name) of one kernel; needs Triton, no GPU."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -242,7 +242,8 @@ def compile_variant(variant: Variant) -> tuple[bytes, dict[str, Any]]:
         "parameters": parameters,
         "grid": [{"size": size, "per_program": amount} for size, amount in variant.grid],
     }
-    return compiled.asm["cubin"], entry
+    code: bytes | str = compiled.asm[image]
+    return (code if isinstance(code, bytes) else code.encode()), entry
 
 
 def _ptx_parameter_count(ptx: str) -> int:

@@ -54,7 +54,7 @@ HEAD_DIMS = (64, 80, 96, 128)
 """Head dims compiled ahead of time. The torch op takes any; on a GPU multiples of 8 up to MAX_HEAD_DIM are fast."""
 MAX_HEAD_DIM = 128
 MAX_SELECT_TOKENS = 16384
-"""Tokens that the selection kernel can choose from (a 128 x 128 grid); the CPU implementation has no limit."""
+"""Tokens that the GPU can choose from or keep (a 128 x 128 grid); PyTorch's implementation has no limit."""
 
 ENTROPY_MODES: dict[str, int] = {"none": 0, "mean": 1, "head": 2}
 """Value of the `entropy` attribute. `head` (one value per head) is for calibration and exists in torch only."""

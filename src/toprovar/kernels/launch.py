@@ -78,7 +78,7 @@ def _entropy_attention(
     tile = config.tile
     tensors = [_aligned(t, 2) for t in (q, past_k, past_v, new_k, new_v)]
     strides = [t.stride(axis) // 8 for t in tensors for axis in (0, 1)]
-    d0, d1 = tuning.split_head_dim(d)
+    d0, d1 = tuning.split_head_dim(arch, d)
     split = config.splits > 1
 
     def floats(*shape: int) -> Tensor:
@@ -144,13 +144,12 @@ def gather_tokens(x: Tensor, indices: Tensor) -> Tensor:
     x, indices = x.contiguous(), indices.contiguous()
     (n, r, c), (images, keep) = x.shape, indices.shape
     kept = torch.empty((keep, r, c), dtype=x.dtype, device=x.device)
-    block_t, block_c, warps = tuning.GATHER_BLOCK
+    block_c, warps = tuning.TOKEN_BLOCK
     unit = _unit(x, kept)
     with torch.cuda.device(x.device):
-        triton_kernels.gather_kernel[(triton.cdiv(keep, block_t), r, triton.cdiv(c, block_c))](
-            x, indices, kept, n, r, images, keep, c // unit,
-            UNIT=unit, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
-        )  # fmt: skip
+        triton_kernels.gather_kernel[(keep * r, triton.cdiv(c, block_c))](
+            x, indices, kept, n, r, images, keep, c // unit, UNIT=unit, BLOCK_C=block_c, num_warps=warps
+        )
     return kept
 
 
@@ -169,12 +168,13 @@ def restore_tokens(
     y = torch.empty_like(x)
     source = x if delta is None else delta.contiguous()
     h, w, hc, wc = grid
-    block_t, block_c, warps = tuning.RESTORE_BLOCK
+    block_c, warps = tuning.TOKEN_BLOCK
     unit = _unit(x, kept, source, y)
+    spans = _span(h, hc), _span(w, wc)
+    resize = 0 if delta is None else 1 if max(spans) <= 2 else 2
     with torch.cuda.device(x.device):
-        triton_kernels.restore_kernel[(triton.cdiv(n, block_t), r, triton.cdiv(c, block_c))](
-            x, kept, indices, source, y, n, r, images, keep, c // unit, keep.bit_length(),
-            h, w, hc, wc, _span(h, hc), _span(w, wc),
-            CACHE=delta is not None, UNIT=unit, BLOCK_T=block_t, BLOCK_C=block_c, num_warps=warps,
+        triton_kernels.restore_kernel[(n * r, triton.cdiv(c, block_c))](
+            x, kept, indices, source, y, r, images, keep, c // unit, h, w, hc, wc, *spans,
+            CACHE=resize, UNIT=unit, BLOCK_C=block_c, SAMPLES=tuning.RESTORE_SAMPLES, num_warps=warps,
         )  # fmt: skip
     return y

@@ -66,21 +66,14 @@ def _capability(driver: ctypes.CDLL) -> int:
 
 
 class Kernel:
-    """One loaded kernel of the library."""
+    """One kernel, loaded into the current CUDA context from its cubin (or PTX text, which the driver compiles)."""
 
-    def __init__(self, entry: dict[str, Any], cubin: bytes) -> None:
+    def __init__(self, entry: dict[str, Any], image: bytes) -> None:
         self.entry = entry
         driver = _driver()
-        capability = _capability(driver)
-        arch = entry["arch"]
-        # Machine code runs on its own major architecture from its minor one on; from sm_90 on, ours on that one alone.
-        if not (arch == capability or (arch < 90 and arch // 10 == capability // 10 and arch <= capability)):
-            raise TargetError(
-                f"cubin library: {entry['name']} is for sm_{arch}, this GPU is sm_{capability}; "
-                f"build one for it (python -m toprovar.kernels.aot OUT --arch {capability})"
-            )
+        _capability(driver)  # makes a context current
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(driver, driver.cuModuleLoadData(ctypes.byref(self._module), cubin), f"loading {entry['file']}")
+        _check(driver, driver.cuModuleLoadData(ctypes.byref(self._module), image), f"loading {entry['name']}")
         symbol = entry["symbol"].encode()
         _check(
             driver,
@@ -173,9 +166,17 @@ class Library:
         return cubin
 
     def load(self, name: str) -> Kernel:
-        """The kernel, loaded into the current CUDA context (once)."""
+        """The kernel, loaded into the current CUDA context (once). Raises TargetError when it is for another GPU."""
         if name not in self._loaded:
-            self._loaded[name] = Kernel(self._entries[name], self.read(name))
+            entry = self._entries[name]
+            arch, capability = entry["arch"], _capability(_driver())
+            # Machine code runs on its own major architecture from its minor one on; ours from sm_90 on that one alone.
+            if not (arch == capability or (arch < 90 and arch // 10 == capability // 10 and arch <= capability)):
+                raise TargetError(
+                    f"cubin library: {name} is for sm_{arch}, this GPU is sm_{capability}; "
+                    f"build one for it (python -m toprovar.kernels.aot OUT --arch {capability})"
+                )
+            self._loaded[name] = Kernel(entry, self.read(name))
         return self._loaded[name]
 
 

@@ -379,7 +379,7 @@ def _gather_cuda(x: Tensor, indices: Tensor) -> Tensor:
 def _scatter_cuda(x: Tensor, kept: Tensor, indices: Tensor) -> Tensor:
     _check_scatter(x, kept, indices)
     launch = _triton(x.device)
-    if launch is None:
+    if launch is None or indices.shape[1] > contract.MAX_SELECT_TOKENS:
         return portable.scatter_tokens(x, kept, indices)
     return launch.restore_tokens(x, kept, indices, None, (x.shape[0], 1, 1, 1))
 
@@ -387,7 +387,7 @@ def _scatter_cuda(x: Tensor, kept: Tensor, indices: Tensor) -> Tensor:
 def _restore_cuda(x: Tensor, kept: Tensor, indices: Tensor, cache: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     _check_restore(x, kept, indices, cache, rows, cols)
     launch = _triton(x.device)
-    if launch is None:
+    if launch is None or indices.shape[1] > contract.MAX_SELECT_TOKENS:
         return portable.restore_tokens(x, kept, indices, cache, rows, cols)
     (h, hc), (w, wc) = rows.shape, cols.shape
     return launch.restore_tokens(x, kept, indices, cache, (h, w, hc, wc))

@@ -285,83 +285,79 @@ def select_kernel(entropy, indices, n_tokens, keep, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_tokens", "rows", "images", "keep", "width_units"])
 def gather_kernel(
-    x, indices, kept, n_tokens, rows, images, keep, width_units,
-    UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, indices, kept, n_tokens, rows, images, keep, width_units, UNIT: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Grid (ceil(keep / BLOCK_T), rows, ceil(C / BLOCK_C)): kept[k,r] = x[indices[r % images, k], r].
-
-    C = width_units * UNIT.
-    """
+    """Grid (keep * rows, ceil(C / BLOCK_C)): kept[k,r] = x[indices[r % images, k], r], C = width_units * UNIT."""
     width = width_units * UNIT
-    k = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = tl.program_id(1)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    token = tl.load(indices + (row % images) * keep + k, mask=k < keep, other=0)
+    item = tl.program_id(0)
+    row = item % rows
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    token = tl.load(indices + (row % images) * keep + item // rows)
     # An index outside the scale reads nothing and leaves NaN, which is seen; it never reads foreign memory.
-    valid = (k < keep) & (token >= 0) & (token < n_tokens)
-    source = (token.to(tl.int64) * rows + row) * width
-    target = (k.to(tl.int64) * rows + row) * width
-    column = (c < width)[None, :]
-    values = tl.load(x + source[:, None] + c[None, :], mask=valid[:, None] & column, other=float("nan"))
-    tl.store(kept + target[:, None] + c[None, :], values, mask=(k < keep)[:, None] & column)
+    valid = (token >= 0) & (token < n_tokens)
+    source = x + (token.to(tl.int64) * rows + row) * width
+    values = tl.load(source + c, mask=(c < width) & valid, other=float("nan"))
+    tl.store(kept + item.to(tl.int64) * width + c, values, mask=c < width)
 
 
 @triton.jit(
     do_not_specialize=[
-        "n_tokens", "rows", "images", "keep", "width_units", "search_steps",
-        "grid_h", "grid_w", "cache_h", "cache_w", "span_h", "span_w",
+        "rows", "images", "keep", "width_units", "grid_h", "grid_w", "cache_h", "cache_w", "span_h", "span_w",
     ]
 )  # fmt: skip
 def restore_kernel(
-    x, kept, indices, cache, y, n_tokens, rows, images, keep, width_units, search_steps,
-    grid_h, grid_w, cache_h, cache_w, span_h, span_w,
-    CACHE: tl.constexpr, UNIT: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    x, kept, indices, cache, y, rows, images, keep, width_units, grid_h, grid_w, cache_h, cache_w, span_h, span_w,
+    CACHE: tl.constexpr, UNIT: tl.constexpr, BLOCK_C: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (ceil(n_tokens / BLOCK_T), rows, ceil(C / BLOCK_C)): every output row is written once, from what it needs.
+    """Grid (tokens * rows, ceil(C / BLOCK_C)): every output row is written once, from what it needs.
 
-    A kept token takes its row of `kept`; any other x, plus (CACHE) the mean of the cache cells under it, at most
-    span_h x span_w of them. `indices` ascends, so a token's place in it is found by bisection, in search_steps = bit
-    length of keep.
+    A kept token takes its row of `kept`; any other x, plus the mean of the cache cells under it. CACHE: 0 none, 1 at
+    most 2 x 2 cells (enlarging), 2 up to span_h x span_w. `indices` ascends: one load of every (keep / SAMPLES)-th
+    entry and one of those behind it tell whether and where a token is in it, so keep is at most SAMPLES^2.
     """
     width = width_units * UNIT
-    n = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = tl.program_id(1)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    exists = n < n_tokens
-    column = (c < width)[None, :]
+    item = tl.program_id(0)
+    n = item // rows
+    row = item % rows
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = c < width
+    at = item.to(tl.int64) * width + c
 
-    image_indices = indices + (row % images) * keep
-    low = tl.zeros([BLOCK_T], tl.int32)
-    high = tl.zeros([BLOCK_T], tl.int32) + keep
-    for _ in range(search_steps):
-        middle = (low + high) // 2
-        open_ = low < high
-        before = tl.load(image_indices + middle, mask=open_, other=0) < n
-        low = tl.where(open_ & before, middle + 1, low)
-        high = tl.where(open_ & (before == 0), middle, high)
-    is_kept = tl.load(image_indices + low, mask=low < keep, other=-1) == n
+    entries = indices + (row % images) * keep
+    beyond = 0x7FFFFFFF
+    step = (keep + SAMPLES - 1) // SAMPLES
+    s = tl.arange(0, SAMPLES)
+    sampled = tl.load(entries + s * step, mask=s * step < keep, other=beyond)
+    start = tl.maximum(tl.sum((sampled <= n).to(tl.int32), 0) - 1, 0) * step
+    near = tl.load(entries + start + s, mask=(s < step) & (start + s < keep), other=beyond)
 
-    target = (n.to(tl.int64) * rows + row) * width
-    source = (low.to(tl.int64) * rows + row) * width
-    from_kept = (exists & is_kept)[:, None] & column
-    from_x = (exists & (is_kept == 0))[:, None] & column
-    values = tl.load(kept + source[:, None] + c[None, :], mask=from_kept, other=0.0)
-    old = tl.load(x + target[:, None] + c[None, :], mask=from_x, other=0.0)
-    if CACHE:
-        i = n // grid_w
-        j = n % grid_w
-        top = i * cache_h // grid_h
-        left = j * cache_w // grid_w
-        height = ((i + 1) * cache_h + grid_h - 1) // grid_h - top
-        breadth = ((j + 1) * cache_w + grid_w - 1) // grid_w - left
-        delta = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
-        for a in range(span_h):
-            for b in range(span_w):
-                cell = ((top + a) * cache_w + left + b).to(tl.int64)
-                used = ((a < height) & (b < breadth))[:, None] & from_x
-                at = (cell * rows + row) * width
-                delta += tl.load(cache + at[:, None] + c[None, :], mask=used, other=0.0).to(tl.float32)
-        share = 1.0 / (height * breadth).to(tl.float32)
-        old = (old.to(tl.float32) + delta * share[:, None]).to(x.dtype.element_ty)
-    values = tl.where(is_kept[:, None], values, old)
-    tl.store(y + target[:, None] + c[None, :], values, mask=exists[:, None] & column)
+    if tl.sum((near == n).to(tl.int32), 0) > 0:
+        place = start + tl.sum((near < n).to(tl.int32), 0)
+        values = tl.load(kept + (place.to(tl.int64) * rows + row) * width + c, mask=column, other=0.0)
+    else:
+        values = tl.load(x + at, mask=column, other=0.0)
+        if CACHE > 0:
+            i = n // grid_w
+            j = n % grid_w
+            top = i * cache_h // grid_h
+            left = j * cache_w // grid_w
+            height = ((i + 1) * cache_h + grid_h - 1) // grid_h - top
+            breadth = ((j + 1) * cache_w + grid_w - 1) // grid_w - left
+            corner = cache + ((top * cache_w + left).to(tl.int64) * rows + row) * width + c
+            right = rows.to(tl.int64) * width
+            down = right * cache_w
+            delta = tl.zeros([BLOCK_C], tl.float32)
+            if CACHE == 1:  # four independent loads in flight
+                delta += tl.load(corner, mask=column, other=0.0).to(tl.float32)
+                delta += tl.load(corner + right, mask=column & (breadth > 1), other=0.0).to(tl.float32)
+                delta += tl.load(corner + down, mask=column & (height > 1), other=0.0).to(tl.float32)
+                both = column & (breadth > 1) & (height > 1)
+                delta += tl.load(corner + down + right, mask=both, other=0.0).to(tl.float32)
+            else:
+                for a in range(span_h):
+                    for b in range(span_w):
+                        used = column & (a < height) & (b < breadth)
+                        delta += tl.load(corner + a * down + b * right, mask=used, other=0.0).to(tl.float32)
+            share = 1.0 / (height * breadth).to(tl.float32)
+            values = (values.to(tl.float32) + delta * share).to(x.dtype.element_ty)
+    tl.store(y + at, values, mask=column)

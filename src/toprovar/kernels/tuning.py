@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 __all__ = [
     "ARCHS",
-    "GATHER_BLOCK",
     "HEADS_PADS",
     "MAX_SPLITS",
     "MEAN_BLOCK",
     "MEAN_WARPS",
     "MERGE_WARPS",
     "MIN_KEYS_PER_SPLIT",
-    "RESTORE_BLOCK",
+    "RESTORE_SAMPLES",
     "SELECT_BLOCKS",
     "SHARED_LIMIT_BYTES",
     "SM_COUNT",
     "SPILL_LIMIT_BYTES",
     "TILES",
+    "TOKEN_BLOCK",
     "AttentionConfig",
     "Tile",
     "choose",
@@ -38,15 +38,15 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one block may ask for (CUDA programming guide, table of compute capabilities)."""
 SPILL_LIMIT_BYTES = 128
-"""Stack a kernel may use per thread: a few registers of the masked tail (at most 64 bytes) or of the largest selection."""
+"""Stack a kernel may use per thread: a few registers of the masked tail (up to 64 bytes) or of the widest selection."""
 SM_COUNT = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 """Multiprocessors of the usual card, for `choose` where the device is not at hand."""
 
 MIN_KEYS_PER_SPLIT = 512
 """Below this the merge costs more than the split gains."""
 MAX_SPLITS = 16
-WIDE_FILL_PERCENT = 75
-"""The wide tile is taken when its blocks fill at least this share of the multiprocessors."""
+WIDE_FILL_PERCENT = 250
+"""The wide tile is taken when its blocks fill the multiprocessors this often, in percent: measured on an H100."""
 SLOTS_PER_SM = 2
 """Narrow blocks that run at once on one multiprocessor; splits are added until there are this many."""
 
@@ -84,11 +84,11 @@ _HALF: dict[int, dict[str, tuple[Tile, Tile, Tile, Tile]]] = {
     86: _SMALL_SHARED,
     89: _SMALL_SHARED,
     90: {
-        "wide": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
+        "wide": (Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3)),
         "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     },
     100: {
-        "wide": (Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3)),
+        "wide": (Tile(128, 128, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3)),
         "narrow": (Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
     },
     120: _SMALL_SHARED,
@@ -114,9 +114,10 @@ TILES: dict[tuple[int, str, int, str], Tile] = {
 
 SELECT_BLOCKS: dict[int, int] = {256: 4, 1024: 8, 4096: 16, 16384: 32}
 """Tokens one selection program holds -> its warps."""
-GATHER_BLOCK = (4, 512, 4)
-RESTORE_BLOCK = (4, 512, 4)
-"""(tokens, channels, warps) of one program: 16 elements, two 16-byte accesses in flight per thread and tensor."""
+TOKEN_BLOCK = (2048, 4)
+"""Channels and warps of one program of gather and restore: two 16-byte accesses in flight per thread and tensor."""
+RESTORE_SAMPLES = 128
+"""Entries of one step of the search for a token among the kept ones; its square bounds their number."""
 MEAN_BLOCK = 64
 """Queries of one program of the mean over heads."""
 MEAN_WARPS = 4
@@ -144,13 +145,17 @@ def heads_pad(heads: int) -> int:
     return size
 
 
-def split_head_dim(head_dim: int) -> tuple[int, int]:
-    """(D0, D1): a head as one or two power-of-two pieces, so that 80 = 64 + 16 and 96 = 64 + 32 waste no products."""
+def split_head_dim(arch: int, head_dim: int) -> tuple[int, int]:
+    """(D0, D1): a head as one or two power-of-two tiles, so that 80 = 64 + 16 and 96 = 64 + 32 waste no products.
+
+    On sm_90 and sm_100 it is always one padded tile: with two, Triton 3.6's warp-group products gave wrong results for
+    the last, partial block of keys on an H100 (right under its interpreter; docs/log_kernels.md).
+    """
     whole = 16
     while whole < head_dim:
         whole *= 2
     half = whole // 2
-    if half < 16 or half >= head_dim:
+    if arch in (90, 100) or half < 16 or half >= head_dim:
         return whole, 0
     rest = 16
     while rest < head_dim - half:
