@@ -1,6 +1,7 @@
 """Exporters of small models with random weights, each exported once per session."""
 
 import pytest
+import torch
 
 from tests.backbones.conftest import make_var
 from toprovar.exporter.calibrate import model_shape
@@ -18,8 +19,8 @@ def exporter():
 
 @pytest.fixture(scope="session")
 def half_exporter():
-    """A VAR of three layers in fp16."""
-    return GraphExporter(make_var(depth=3).half())
+    """A VAR of three layers, its matrices and its decoder in fp16."""
+    return GraphExporter(make_var(depth=3).set_precision(torch.float16, decoder=torch.float16))
 
 
 def plan_of(backbone, roles, *, restore="cache", dropped=0, precision="auto"):

@@ -17,6 +17,7 @@ from toprovar.exporter.engine import (
     open_builder,
     shape_profiles,
 )
+from toprovar.exporter.graph import save_graph
 from toprovar.exporter.package import write_bundle
 from toprovar.profiles.manifest import GraphInfo, TensorInfo
 from toprovar.runtime.bundle import open_bundle
@@ -232,3 +233,16 @@ def test_a_graph_that_tensorrt_rtx_does_not_know_is_one_line(tmp_path):
     with pytest.raises(TargetError, match=r"cannot parse g.onnx: \S") as caught:
         open_builder("tensorrt-rtx").build(tmp_path / "g.onnx", [], EngineOptions())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.trt
+@needs_rtx
+def test_weights_beside_the_graph_are_found_and_no_layer_name_is_there_twice(half_exporter, bundle, tmp_path):
+    root, graphs, schedules, constants, model, condition = arguments(bundle)
+    profiles = shape_profiles(graphs["step"], "step", schedules, constants, model, condition)[:1]
+    save_graph(half_exporter.graph("step", "gdg"), tmp_path / "step.onnx", {}, external_data=True)
+    builder = open_builder("tensorrt-rtx")
+    apart = builder.build(tmp_path / "step.onnx", profiles, EngineOptions())
+    together = builder.build(root / "step.onnx", profiles, EngineOptions())
+    assert apart.layers == together.layers and abs(len(apart.data) - len(together.data)) < 0.01 * len(together.data)
+    assert not [message for message in apart.warnings if "already exists" in message]
