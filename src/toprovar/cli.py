@@ -53,7 +53,7 @@ def export_main() -> None:
 # What a user can mend, of what the operating system refuses; everything else keeps its traceback.
 _MENDABLE = {
     errno.ENOSPC: "free some space and try again",
-    errno.EDQUOT: "free some space and try again",
+    getattr(errno, "EDQUOT", errno.ENOSPC): "free some space and try again",  # Windows has none
     errno.EFBIG: "choose a place that takes large files",
     errno.EACCES: "choose a place that you may read and write",
     errno.EPERM: "choose a place that you may read and write",

@@ -10,8 +10,9 @@ import pytest
 
 from toprovar.errors import BundleError, InputError, TargetError
 from toprovar.runtime.bundle import open_bundle
-from toprovar.runtime.session import Session
+from toprovar.runtime.session import Session, TextFeatures
 from toprovar.runtime.target import Buffer
+from toprovar.runtime.verify import verify
 
 from . import tiny
 
@@ -61,6 +62,24 @@ def test_batches_hold_one_prompt_class_each_and_are_timed(session: Session) -> N
     for timing in result.timings:
         parts = timing.prefix_ms + timing.decode_ms + sum(s.noise_ms + s.step_ms + s.advance_ms for s in timing.scales)
         assert 0 < parts <= timing.total_ms
+
+
+def test_pictures_from_text(tmp_path: Path) -> None:
+    """Features shorter than the bundle's longest text are padded; what stands behind a text's end does not matter."""
+    session = Session(tiny.write_bundle(tmp_path / "text.bundle", text=True), threads=1, batch_size=2)
+    assert verify(session).passed
+    labels = [0, 1, 2]
+    text = TextFeatures(*tiny.encode(labels), tuple(tiny.LABELS[label][1] for label in labels))
+    result = session.generate(seeds=[5, 6, 7], text=text)
+    for image, label in enumerate(labels):
+        reference = tiny.reference(tiny.SCHEDULES[tiny.LABELS[label][1]], label, 5 + image)
+        np.testing.assert_allclose(result.images[image], reference.image, atol=1e-6)
+    with pytest.raises(InputError, match="asked for by text"):
+        session.generate(["disc"], [0])
+    with pytest.raises(InputError, match="no prompt class 'cats'"):
+        session.generate(seeds=[1], text=TextFeatures(*tiny.encode([0]), ("cats",)))
+    with pytest.raises(InputError, match="a text of 5 tokens; the bundle takes at most 4"):
+        session.generate(seeds=[1], text=TextFeatures(np.zeros((1, 5, 2)), np.array([5]), ("plain",)))
 
 
 def test_labels_by_name_and_by_number(session: Session) -> None:

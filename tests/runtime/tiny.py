@@ -42,6 +42,34 @@ PREFIX = (
 }"""
 )
 
+# The label is what the first channel of the text's own tokens adds up to; the second output has the size T.
+TEXT_PREFIX = (
+    HEADER
+    + """prefix (float[B, T, 2] text_features, int32[B] text_lengths)
+ => (float[1, R, 4] x, float[R, 4] context, float[B, T] text_mask) {
+    size = Shape <start = 1, end = 2> (text_features)
+    count = Squeeze (size)
+    start = Constant <value_int = 0> ()
+    step = Constant <value_int = 1> ()
+    position = Range (start, count, step)
+    lengths = Unsqueeze (text_lengths, last)
+    lengths_long = Cast <to = 7> (lengths)
+    inside = Less (position, lengths_long)
+    text_mask = Cast <to = 1> (inside)
+    first_channel = Gather <axis = 2> (text_features, zero_index)
+    own = Mul (first_channel, text_mask)
+    cond = ReduceSum <keepdims = 0> (own, one)
+    uncond = Mul (cond, zero)
+    both = Concat <axis = 0> (cond, uncond)
+    row = Unsqueeze (both, last)
+    phase = Add (row, iota)
+    context = Cos (phase)
+    first = Sin (phase)
+    x = Unsqueeze (first, front)
+}"""
+)
+TEXT_TOKENS = 4
+
 STEP = (
     HEADER
     + """step (float[N, R, 4] x, float[R, 4] context, int32[K] keep_slots,
@@ -247,13 +275,25 @@ def _steps(schedule: TinySchedule) -> list[dict[str, Any]]:
     return steps
 
 
-def write_bundle(root: Path, schedules: dict[str, TinySchedule] | None = None, name: str = "tiny") -> Path:
-    """Write the bundle, golden trace included (made by `reference`)."""
+def encode(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Texts that stand for labels: features `[B, 3, 2]` with nonsense behind the text's end, lengths `[B]`."""
+    features = np.full((len(labels), 3, 2), 9, np.float32)
+    lengths = np.array([1 + label % 3 for label in labels], np.int32)
+    for text, label, length in zip(features, labels, lengths, strict=True):
+        text[:length, 0] = label / length
+    return features, lengths
+
+
+def write_bundle(
+    root: Path, schedules: dict[str, TinySchedule] | None = None, name: str = "tiny", *, text: bool = False
+) -> Path:
+    """Write the bundle, golden trace included (made by `reference`). `text`: asked for by text, not by label."""
     schedules = schedules or SCHEDULES
     root.mkdir(parents=True)
     graphs = {}
-    for graph, text in {"prefix": PREFIX, "step": STEP, "advance": ADVANCE, "decoder": DECODER}.items():
-        model = _model(text)
+    prefix = TEXT_PREFIX if text else PREFIX
+    for graph, source in {"prefix": prefix, "step": STEP, "advance": ADVANCE, "decoder": DECODER}.items():
+        model = _model(source)
         onnx.save(model, root / f"{graph}.onnx")
         graphs[graph] = _info(model, f"{graph}.onnx")
     save_file(constants(), root / "constants.safetensors")
@@ -262,7 +302,11 @@ def write_bundle(root: Path, schedules: dict[str, TinySchedule] | None = None, n
         labels = [index for index, (_, of) in enumerate(LABELS) if of == prompt_class]
         seeds = [7 + label for label in labels]
         traces = [reference(schedule, label, seed) for label, seed in zip(labels, seeds, strict=True)]
-        golden[f"{prompt_class}/labels"] = np.array(labels, np.int32)
+        if text:
+            features, lengths = encode(labels)
+            golden[f"{prompt_class}/text_features"], golden[f"{prompt_class}/text_lengths"] = features, lengths
+        else:
+            golden[f"{prompt_class}/labels"] = np.array(labels, np.int32)
         golden[f"{prompt_class}/seeds"] = np.array(seeds, np.int64)
         for s in range(len(schedule.keep)):
             golden[f"{prompt_class}/tokens_{s}"] = np.stack([trace.tokens[s] for trace in traces])
@@ -288,7 +332,9 @@ def write_bundle(root: Path, schedules: dict[str, TinySchedule] | None = None, n
             "image_size": [4 * SIDE, 4 * SIDE],
             "parameters": WIDTH * LOGITS,
         },
-        "condition": {"kind": "label", "labels": [{"name": n, "prompt_class": c} for n, c in LABELS if c in schedules]},
+        "condition": {"kind": "text", "text_width": 2, "text_maximum_tokens": TEXT_TOKENS, "text_encoder": "none"}
+        if text
+        else {"kind": "label", "labels": [{"name": n, "prompt_class": c} for n, c in LABELS if c in schedules]},
         "sampling": {"guidance": 0.5, "top_k": 0, "top_p": 0.0, "temperature": 1.0},
         "graphs": graphs,
         "schedules": {key: {"steps": _steps(schedule)} for key, schedule in schedules.items()},

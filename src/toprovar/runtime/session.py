@@ -176,6 +176,8 @@ class Session:
             InputError: the bundle has no such label.
         """
         names = self.labels
+        if not names:
+            raise InputError(f"{self.bundle.root}: has no labels, its pictures are asked for by text")
         text = str(label).strip()
         if text in names:
             return names.index(text)
