@@ -81,6 +81,12 @@ TARGETS = {"onnxruntime": "toprovar.runtime.onnxruntime", "torch": "toprovar.run
 """Target -> the module with its ``open(bundle, **options)``."""
 
 
+_NOT_RUN_YET = {
+    "tensorrt": "needs an NVIDIA GPU, and this version does not run it",
+    "tensorrt-rtx": "needs an NVIDIA RTX GPU, and this version builds its engines but does not run them",
+}
+
+
 def open_target(bundle: Bundle, name: str, **options: Any) -> Target:
     """Load a bundle's graphs on a target.
 
@@ -88,8 +94,7 @@ def open_target(bundle: Bundle, name: str, **options: Any) -> Target:
         TargetError: an unknown target, one that this version cannot run, or one whose runtime is not installed.
     """
     if name not in TARGETS:
-        known = name in ("tensorrt", "tensorrt-rtx")
-        reason = "this version builds its engines but does not run them" if known else "no such target"
+        reason = _NOT_RUN_YET.get(name, "no such target")
         raise TargetError(f"target {name!r}: {reason}; valid: {', '.join(TARGETS)}")
     target: Target = import_module(TARGETS[name]).open(bundle, **options)
     return target
