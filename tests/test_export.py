@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import resource
 import subprocess
@@ -16,6 +17,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from toprovar.cli import app
+from toprovar.demo import tour
+from toprovar.exporter.source import SamplingWish, Source, named_profile, read_labels
 from toprovar.runtime.bundle import open_bundle
 
 from .backbones.conftest import make_var
@@ -105,14 +108,38 @@ def test_two_targets_make_the_same_pictures(bundle: Path, checkpoint: Checkpoint
     assert "1.0000" in rows[0] and rows[1] == "| all | 100.0% | 100.0% | 100.0% | 100.0% | 100.0% |"
 
 
-def test_a_dense_bundle_with_dropped_scales_needs_no_calibration(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    path = tmp_path / "dropped.bundle"
-    result = run("export", *checkpoint.options, "--profile", "dense", "--drop-scales", 2, "-o", path, "--top-k", 1)
-    assert result.exit_code == 0 and "calibrate" not in result.stderr, result.output
-    manifest = open_bundle(path).manifest
-    assert manifest.model.roles == "ggggg" and manifest.provenance.profile == "drop-2"
-    assert len(manifest.schedules["fine"].steps) == 3 and manifest.sampling.top_k == 1
-    assert run("verify", path).exit_code == 0
+@pytest.mark.slow
+def test_the_tour_makes_every_bundle_and_a_report(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`toprovar demo` with a smaller model in place of the embedded one."""
+    labels = read_labels(checkpoint.labels)
+    classes = {name: tuple(one.name for one in labels if one.prompt_class == name) for name in ("coarse", "fine")}
+    source = Source("small", "var", checkpoint.var, checkpoint.vae, labels, SamplingWish(top_k=1))
+    monkeypatch.setattr(tour, "embedded_source", lambda: source)
+    monkeypatch.setattr(tour, "PROMPT_CLASSES", classes)
+    result = run("demo", "-o", tmp_path / "out", "--threads", 1)
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["dense", "drop-2", "quality", "balanced", "fast", "extreme"]
+    assert rows[1]["scales"] == [3] and rows[1]["detail_layers"] == 0 and rows[1]["psnr_db"] is not None
+    manifest = open_bundle(tmp_path / "out" / "drop-2.bundle").manifest
+    assert manifest.model.roles == "ggggg" and manifest.provenance.calibration_sha256 is None
+    assert manifest.sampling.top_k == 1
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {
+        "calibration.json",
+        "report.html",
+        "report.json",
+        "report.md",
+        "report.png",
+    }
+
+
+def test_a_profile_with_changes_says_so() -> None:
+    assert named_profile("fast").name == "fast"
+    dropped = named_profile("fast", drop_scales=1, precision="fp16")
+    assert (dropped.name, dropped.drop_scales, dropped.precision) == ("fast-drop-1", 1, "fp16")
+    assert named_profile("dense", 2).name == "drop-2" and named_profile("dense").tokens.keep == {}
 
 
 def test_plan_explains_itself_and_is_what_export_decides(
