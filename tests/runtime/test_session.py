@@ -104,7 +104,7 @@ def test_no_label_and_wrong_count_of_seeds(session: Session) -> None:
 
 
 def test_unknown_target_provider_threads_and_batch(shared_bundle: Path) -> None:
-    with pytest.raises(TargetError, match="no such target; valid: onnxruntime, torch"):
+    with pytest.raises(TargetError, match="no such target; valid: onnxruntime, tensorrt, torch"):
         Session(shared_bundle, "tensorflow")
     with pytest.raises(TargetError, match="does not run them"):
         Session(shared_bundle, "tensorrt-rtx")

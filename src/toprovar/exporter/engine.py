@@ -94,7 +94,11 @@ class BuiltEngine:
 
 
 class Builder(Protocol):
-    """One target's builder."""
+    """One target's builder.
+
+    It may also have `identity`, what its engines depend on besides graph, shapes, options and version (part of the cache
+    key), and `machine`, the fields of `TargetInfo` that say where it builds.
+    """
 
     @property
     def target(self) -> Literal["tensorrt", "tensorrt-rtx"]:
@@ -221,7 +225,11 @@ def build_engines(
         write_bytes(place / f"{name}.engine", data)
         engines[name] = f"engines/{builder.target}/{name}.engine"
     return TargetInfo(
-        engines=engines, version=builder.version, batch=options.batch, cache_key=sha256_json(dict(sorted(keys.items())))
+        engines=engines,
+        version=builder.version,
+        batch=options.batch,
+        cache_key=sha256_json(dict(sorted(keys.items()))),
+        **getattr(builder, "machine", {}),
     )
 
 
@@ -236,6 +244,7 @@ def _cache_key(builder: Builder, graph: Path, profiles: Sequence[ShapeProfile], 
             "options": asdict(options),
             "target": builder.target,
             "version": builder.version,
+            "identity": dict(getattr(builder, "identity", {})),
             "contract": CONTRACT_VERSION,
         }
     )
@@ -365,7 +374,13 @@ def _check_selection(graph: Path, profiles: Sequence[ShapeProfile]) -> None:
         )
 
 
-BUILDERS: dict[str, Callable[[], Builder]] = {"tensorrt-rtx": TensorRtRtxBuilder}
+def _tensorrt() -> Builder:
+    from .engine_tensorrt import TensorRtBuilder
+
+    return TensorRtBuilder()
+
+
+BUILDERS: dict[str, Callable[[], Builder]] = {"tensorrt": _tensorrt, "tensorrt-rtx": TensorRtRtxBuilder}
 """Target -> its builder."""
 
 

@@ -16,8 +16,11 @@ Postcondition: opset 17, no function, only operators of the parser's list, and O
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,7 +176,9 @@ def _gelu(state: _Lowering, node: onnx.NodeProto) -> None:
         scaled = state.add("Mul", [x, scalar("sqrt_half", math.sqrt(0.5))], f"{stem}.scaled")
         curve = state.add("Erf", [scaled], f"{stem}.erf")
     else:
-        raise LoweringError(f"lowering to TensorRT 8.6: {_label(node)}: approximate is {approximate!r}; valid: none, tanh")
+        raise LoweringError(
+            f"lowering to TensorRT 8.6: {_label(node)}: approximate is {approximate!r}; valid: none, tanh"
+        )
     raised = state.add("Add", [curve, scalar("one", 1.0)], f"{stem}.raised")
     half = state.add("Mul", [x, scalar("half", 0.5)], f"{stem}.halved")
     state.add("Mul", [half, raised], stem, output=stem)
@@ -314,3 +319,23 @@ def _check_postcondition(model: onnx.ModelProto) -> None:
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).split())[:300]
         raise LoweringError(f"lowering to TensorRT 8.6: left a graph that is not valid: {reason}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m toprovar.exporter.lower86 IN.onnx OUT.onnx`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m toprovar.exporter.lower86", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("graph", type=Path)
+    parser.add_argument("out", type=Path, help="in the same folder where the graph has weights in a file of their own")
+    given = parser.parse_args(arguments)
+    try:
+        onnx.save(lower(onnx.load(str(given.graph), load_external_data=False)), str(given.out))
+    except LoweringError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

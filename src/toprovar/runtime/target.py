@@ -77,12 +77,15 @@ class Target(Protocol):
         """Wait until everything queued has run."""
 
 
-TARGETS = {"onnxruntime": "toprovar.runtime.onnxruntime", "torch": "toprovar.runtime.torch"}
+TARGETS = {
+    "onnxruntime": "toprovar.runtime.onnxruntime",
+    "tensorrt": "toprovar.runtime.tensorrt",
+    "torch": "toprovar.runtime.torch",
+}
 """Target -> the module with its ``open(bundle, **options)``."""
 
 
 _NOT_RUN_YET = {
-    "tensorrt": "needs an NVIDIA GPU, and this version does not run it",
     "tensorrt-rtx": "needs an NVIDIA RTX GPU, and this version builds its engines but does not run them",
 }
 
