@@ -223,6 +223,24 @@ def test_what_is_interrupted_leaves_what_was_there(exporter, tmp_path, monkeypat
     assert list(contents(old)) == ["manifest.json"]
 
 
+def test_an_interrupt_between_the_renames_brings_the_old_bundle_back(exporter, tmp_path, monkeypatch):
+    old = tmp_path / "b"
+    old.mkdir()
+    (old / "manifest.json").write_text('{"schema": "toprovar.bundle/1"}')
+    replace = package.os.replace
+
+    def interrupted(source, target):
+        if str(source).endswith(".part") and target == old:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(package.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(old, exporter, plan_of(exporter.backbone, "ggggg"), golden={})
+    assert [path.name for path in tmp_path.iterdir()] == ["b"] and list(contents(old)) == ["manifest.json"]
+
+
 def test_a_folder_that_cannot_be_is_one_line(exporter, tmp_path):
     with pytest.raises(InputError, match=r"its folder .*nowhere does not exist"):
         write(tmp_path / "nowhere" / "b", exporter, plan_of(exporter.backbone, "ggggg"))

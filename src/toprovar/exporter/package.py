@@ -409,12 +409,12 @@ def _replacing_folder(folder: Path) -> Iterator[Path]:
         os.umask(umask)
         os.chmod(temporary, 0o777 & ~umask)
         old = temporary.with_suffix(".old")
-        if folder.is_dir():
-            os.replace(folder, old)
         try:
+            if folder.is_dir():
+                os.replace(folder, old)
             os.replace(temporary, folder)
         except BaseException:
-            if old.is_dir():
+            if old.is_dir() and not folder.exists():
                 os.replace(old, folder)
             raise
         shutil.rmtree(old, ignore_errors=True)
