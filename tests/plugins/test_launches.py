@@ -141,9 +141,14 @@ def test_hopper_attention_is_launched_as_hopper_py_launches_it(fake, plugin, pro
     tensors = dict(zip(("q", "past_k", "past_v", "new_k", "new_v"), ADDRESSES, strict=False))
     sizes |= {"out": OUTPUT, "mean_entropy": SECOND_OUTPUT if mean else 0, "lse": 0}
     if n <= hopper.SMALL_QUERIES and past + fresh <= hopper.SMALL_KEYS:
-        arguments = sizes | tensors | {"head_entropy": 0}
-        shape = (hopper.SMALL_CTAS * rows, hopper.SMALL_THREADS, variant.small_shared_bytes, 0)
-        assert found == [_line(hopper.SMALL_SYMBOL, shape, [], hopper._SmallArguments, arguments)]
+        sizes |= {"head_entropy": WORKSPACE if mean else 0}
+        shape = (rows * heads, hopper.SMALL_THREADS, variant.small_shared_bytes, 0)
+        expected = [_line(hopper.SMALL_SYMBOL, shape, [], hopper._SmallArguments, sizes | tensors)]
+        if mean:
+            sizes |= {"part_out": 0, "part_stats": 0, "full_tiles": rows * heads, "run": 0}
+            shape = (rows * -(-n // 32), hopper.FINISH_THREADS, 0, 1)
+            expected.append(_line(hopper.FINISH_SYMBOL, shape, [], hopper._FinishArguments, sizes))
+        assert found == expected
         return
     stats = WORKSPACE + 4 * plan.part_out_floats
     sizes |= {"part_out": WORKSPACE, "part_stats": stats, "full_tiles": plan.full_tiles, "run": plan.run}
@@ -157,7 +162,7 @@ def test_hopper_attention_is_launched_as_hopper_py_launches_it(fake, plugin, pro
     if not past:  # the maps of an empty piece are the other piece's
         pieces[:2] = pieces[2:]
     maps = [tensor_map(ADDRESSES[0], n, variant.tile_m)]
-    for box in (variant.tile_n // variant.cluster, variant.seam):
+    for box in (variant.tile_n, hopper.SEAM):
         maps += [tensor_map(address, length, box) for address, length in pieces]
     shape = (plan.ctas, variant.threads, variant.shared_bytes, 0)
     expected = [_line(hopper.FORWARD_SYMBOL, shape, maps, hopper._ForwardArguments, sizes)]
@@ -224,12 +229,13 @@ def test_gather_is_launched_as_the_loader_launches_it(fake):
         '"keep": 33, "width_units": 128}'
     )
     query = "op='gather_tokens', arch=90, dtype='float16'"
-    assert (workspace, found) == (0, fake.python(90, _token_script(fake, query, arguments, "channels=1024")))
+    expected = fake.python(90, _token_script(fake, query, arguments, "kept_rows=33 * 4, channels=1024"))
+    assert (workspace, found) == (0, expected)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_restore_and_scatter_are_launched_as_the_loader_launches_them(fake, cached):
-    h, w, hc, wc = 7, 9, 4, 5
+@pytest.mark.parametrize(("cached", "source"), [(0, (4, 5)), (1, (4, 5)), (1, (7, 9)), (2, (19, 5)), (2, (4, 20))])
+def test_restore_and_scatter_are_launched_as_the_loader_launches_them(fake, cached, source):
+    h, w, (hc, wc) = 7, 9, source
     inputs = [_input(0, "float32", h * w, 4, 64), _input(1, "float32", 20, 4, 64), _input(2, "int32", 2, 20)]
     if cached:
         inputs += [_input(3, "float32", hc * wc, 4, 64), _input(4, "float32", h, hc), _input(5, "float32", w, wc)]
@@ -240,12 +246,13 @@ def test_restore_and_scatter_are_launched_as_the_loader_launches_them(fake, cach
     ]
     arguments = (
         f'{{"x": {ADDRESSES[0]}, "kept": {ADDRESSES[1]}, "indices": {ADDRESSES[2]}, "cache": {ADDRESSES[3 if cached else 0]}, '
-        f'"y": {OUTPUT}, "n_tokens": {h * w}, "rows": 4, "images": 2, "keep": 20, "width_units": 8, "search_steps": 5, '
+        f'"y": {OUTPUT}, "rows": 4, "images": 2, "keep": 20, "width_units": 8, '
         f'"grid_h": {grid[0]}, "grid_w": {grid[1]}, "cache_h": {grid[2]}, "cache_w": {grid[3]}, '
         f'"span_h": {spans[0]}, "span_w": {spans[1]}}}'
     )
-    query = f"op={'restore_tokens' if cached else 'scatter_tokens'!r}, arch=90, dtype='float32'"
-    assert (workspace, found) == (0, fake.python(90, _token_script(fake, query, arguments, "channels=64")))
+    query = f"op={'restore_tokens' if cached else 'scatter_tokens'!r}, arch=90, dtype='float32', cache={cached}"
+    expected = fake.python(90, _token_script(fake, query, arguments, f"token_rows={h * w * 4}, channels=64"))
+    assert (workspace, found) == (0, expected)
 
 
 # --- errors: what failed, what was found, what is valid, what to do ---------------------------------------------------

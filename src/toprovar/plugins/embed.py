@@ -238,6 +238,7 @@ def _table(index: Mapping[str, Any]) -> str:
             str(entry.get("heads_pad", 0)),
             str(entry.get("block", 0)),
             str(entry.get("constants", {}).get("UNIT", 0)),
+            str(entry.get("cache", 0)),
             *(f'"{symbol}"' for symbol in symbols),
             str(entry["threads"]),
             str(entry["shared_bytes"]),
@@ -275,8 +276,8 @@ def _table(index: Mapping[str, Any]) -> str:
 
 def _hopper(entry: Mapping[str, Any]) -> list[int]:
     """The fields of `HopperBuild`, in order."""
-    fields = ("tile_m", "tile_n", "cluster", "consumers", "seam", "finish_threads", "sets")
-    small = ("small_queries", "small_keys", "small_threads", "small_ctas", "small_shared_bytes")
+    fields = ("tile_m", "tile_n", "consumers", "seam", "finish_threads", "sets")
+    small = ("small_queries", "small_keys", "small_threads", "small_shared_bytes")
     numbers = [*(int(entry[field]) for field in fields), hopper._TENSOR_MAP_DTYPE[entry["dtype"]]]
     return [*numbers, *(int(entry[field]) for field in small)]
 

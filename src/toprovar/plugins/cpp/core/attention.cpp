@@ -259,7 +259,7 @@ private:
     }
 
     Status enqueueSmall(Driver const& driver, AttentionSizes const& sizes, void const* const* in, void* const* out,
-                        CUstream stream) const noexcept {
+                        float* perHead, CUstream stream) const noexcept {
         HopperBuild const& build = hopper_.entry->hopper;
         HopperSmall small;
         small.q = address(in[spec::kQ]);
@@ -268,22 +268,54 @@ private:
         small.new_k = address(in[spec::kNEW_K]);
         small.new_v = address(in[spec::kNEW_V]);
         small.out = address(out[spec::kOUT_OUT]);
-        small.mean_entropy = wantsEntropy() ? address(out[spec::kENTROPY_OUT]) : 0;
+        small.head_entropy = wantsEntropy() ? address(perHead) : 0;
         small.queries = static_cast<int32_t>(sizes.queries);
         small.past = static_cast<int32_t>(sizes.past);
         small.fresh = static_cast<int32_t>(sizes.fresh);
         small.row_heads = static_cast<int32_t>(sizes.rows * sizes.heads);
-        small.heads = static_cast<int32_t>(sizes.heads);
         small.scale_log2 = scaleLog2();
         void* parameters[HopperSmall::kNB_PARAMETERS];
         small.pointers(parameters);
         CUlaunchConfig config{};
-        config.gridDimX = static_cast<unsigned>(build.smallCtas * sizes.rows);
+        config.gridDimX = static_cast<unsigned>(sizes.rows * sizes.heads);
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
         config.blockDimX = static_cast<unsigned>(build.smallThreads);
         config.sharedMemBytes = static_cast<unsigned>(build.smallSharedBytes);
         config.hStream = stream;
-        return driver.check(driver.cuLaunchKernelEx(&config, hopper_.small, parameters, nullptr), hopper_.entry->name);
+        Status const status =
+            driver.check(driver.cuLaunchKernelEx(&config, hopper_.small, parameters, nullptr), hopper_.entry->name);
+        if (!status.ok() || !wantsEntropy()) {
+            return status;
+        }
+        HopperFinish finish;
+        finish.out = small.out;
+        finish.head_entropy = small.head_entropy;
+        finish.mean_entropy = address(out[spec::kENTROPY_OUT]);
+        finish.queries = small.queries;
+        finish.past = small.past;
+        finish.fresh = small.fresh;
+        finish.row_heads = small.row_heads;
+        finish.heads = static_cast<int32_t>(sizes.heads);
+        int64_t const tiles = (sizes.queries + build.tileM - 1) / build.tileM * sizes.rows * sizes.heads;
+        finish.full_tiles = static_cast<int32_t>(tiles);
+        return launchFinish(driver, finish, hopperMeanBlocks(sizes), stream);
+    }
+
+    Status launchFinish(Driver const& driver, HopperFinish& finish, int64_t blocks, CUstream stream) const noexcept {
+        void* parameters[HopperFinish::kNB_PARAMETERS];
+        finish.pointers(parameters);
+        // It may be set up while the kernel before it still runs; it waits for that with griddepcontrol.wait.
+        CUlaunchAttribute overlap{};
+        overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        overlap.value.programmaticStreamSerializationAllowed = 1;
+        CUlaunchConfig config{};
+        config.gridDimX = static_cast<unsigned>(blocks);
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
+        config.blockDimX = static_cast<unsigned>(hopper_.entry->hopper.finishThreads);
+        config.hStream = stream;
+        config.attrs = &overlap;
+        config.numAttrs = 1;
+        return driver.check(driver.cuLaunchKernelEx(&config, hopper_.finish, parameters, nullptr), hopper_.entry->name);
     }
 
     Status enqueueHopper(AttentionSizes const& sizes, void const* const* in, void* const* out, float* workspace,
@@ -296,7 +328,7 @@ private:
         HopperBuild const& build = hopper_.entry->hopper;
         bool const mean = wantsEntropy();
         if (sizes.queries <= build.smallQueries && sizes.past + sizes.fresh <= build.smallKeys) {
-            return enqueueSmall(*driver, sizes, in, out, stream);
+            return enqueueSmall(*driver, sizes, in, out, workspace, stream);
         }
         HopperPlan const plan = planHopper(build, sizes, device_.smCount, mean);
 
@@ -304,7 +336,7 @@ private:
         int32_t const inputs[4] = {spec::kPAST_K, spec::kPAST_V, spec::kNEW_K, spec::kNEW_V};
         status = encodeMap(*driver, forward.maps[0], in[spec::kQ], sizes.queries, sizes, build.tileM);
         for (int32_t i = 0; i < 8 && status.ok(); ++i) {
-            int32_t const boxRows = i < 4 ? build.tileN / build.cluster : build.seam;
+            int32_t const boxRows = i < 4 ? build.tileN : build.seam;
             int32_t piece = i % 4;
             // The maps of an empty piece are not read, but they must be maps: the other piece lends its own.
             if ((piece < 2 ? sizes.past : sizes.fresh) == 0) {
@@ -357,19 +389,7 @@ private:
         finish.heads = static_cast<int32_t>(sizes.heads);
         finish.full_tiles = forward.full_tiles;
         finish.run = forward.run;
-        void* finishParameters[HopperFinish::kNB_PARAMETERS];
-        finish.pointers(finishParameters);
-        // It may be set up while the forward kernel still runs; it waits for it with griddepcontrol.wait.
-        CUlaunchAttribute overlap{};
-        overlap.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        overlap.value.programmaticStreamSerializationAllowed = 1;
-        config.gridDimX = static_cast<unsigned>(plan.finishBlocks);
-        config.blockDimX = static_cast<unsigned>(build.finishThreads);
-        config.sharedMemBytes = 0;
-        config.attrs = &overlap;
-        config.numAttrs = 1;
-        return driver->check(driver->cuLaunchKernelEx(&config, hopper_.finish, finishParameters, nullptr),
-                             hopper_.entry->name);
+        return launchFinish(*driver, finish, plan.finishBlocks, stream);
     }
 
     bool ready_ = false;

@@ -54,26 +54,29 @@ TritonPlan planTriton(KernelTable const& table, int32_t arch, contract::DataType
     return plan;
 }
 
+int64_t hopperMeanBlocks(AttentionSizes const& sizes) noexcept {
+    return sizes.rows * ceilDivide(sizes.queries, kMEAN_QUERIES);
+}
+
 HopperPlan planHopper(HopperBuild const& build, AttentionSizes const& sizes, int32_t smCount, bool mean) noexcept {
-    int64_t const clusters = smCount / build.cluster;
-    int64_t const tiles = ceilDivide(sizes.queries, int64_t{build.tileM} * build.cluster) * sizes.rows * sizes.heads;
+    int64_t const tiles = ceilDivide(sizes.queries, build.tileM) * sizes.rows * sizes.heads;
     int64_t const seam = ceilDivide(sizes.past, build.seam) * build.seam;
     int64_t const blocks = ceilDivide(seam + sizes.fresh, build.tileN);
-    int64_t rest = tiles % clusters;
-    int64_t run = std::max(kLEAST_RUN, ceilDivide(rest * blocks, clusters));
+    int64_t rest = tiles % smCount;
+    int64_t run = std::max(kLEAST_RUN, ceilDivide(rest * blocks, smCount));
     if (rest == 0 || run + kMERGE_BLOCKS >= blocks) {
         rest = 0;
         run = 0;
     }
     int64_t const runs = run > 0 ? ceilDivide(rest * blocks, run) : 0;
-    int64_t const slots = 2 * runs * build.cluster;
-    int64_t const merges = rest * build.cluster * build.consumers * build.sets;
+    int64_t const slots = 2 * runs;
+    int64_t const merges = rest * build.consumers * build.sets;
     HopperPlan plan;
-    plan.ctas = build.cluster * std::min(clusters, std::max(tiles - rest, runs));
+    plan.ctas = std::min<int64_t>(smCount, std::max(tiles - rest, runs));
     plan.fullTiles = tiles - rest;
     plan.splitTiles = rest;
     plan.run = run;
-    plan.finishBlocks = ceilDivide(merges, 2) + (mean ? sizes.rows * ceilDivide(sizes.queries, kMEAN_QUERIES) : 0);
+    plan.finishBlocks = ceilDivide(merges, 2) + (mean ? hopperMeanBlocks(sizes) : 0);
     plan.partOutFloats = slots * build.tileM * sizes.headDim;
     plan.partStatsFloats = slots * 3 * build.tileM;
     return plan;

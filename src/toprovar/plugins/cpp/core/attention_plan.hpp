@@ -41,6 +41,8 @@ struct HopperPlan {
     int64_t partStatsFloats = 0;
 };
 
+// Blocks of the finish kernel that take the mean over heads.
+int64_t hopperMeanBlocks(AttentionSizes const& sizes) noexcept;
 HopperPlan planHopper(HopperBuild const& build, AttentionSizes const& sizes, int32_t smCount, bool mean) noexcept;
 
 }  // namespace toprovar

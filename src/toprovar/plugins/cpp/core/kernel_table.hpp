@@ -28,17 +28,15 @@ inline constexpr int32_t kENTROPY_MEAN = 1;
 struct HopperBuild {
     int32_t tileM;      // queries of a CTA
     int32_t tileN;      // keys of a block
-    int32_t cluster;    // CTAs that share their keys
     int32_t consumers;  // warpgroups of 64 queries
     int32_t seam;       // rows of the small boxes where past and new keys meet
     int32_t finishThreads;
     int32_t sets;         // blocks of 32 output columns
     int32_t mapDataType;  // CUtensorMapDataType
-    // The one-kernel form for at most smallQueries queries on smallKeys keys.
+    // The kernel that takes the forward kernel's place for at most smallQueries queries on smallKeys keys.
     int32_t smallQueries;
     int32_t smallKeys;
     int32_t smallThreads;
-    int32_t smallCtas;  // of a row
     int32_t smallSharedBytes;
 };
 
@@ -55,6 +53,7 @@ struct KernelEntry {
     int32_t headsPad;  // heads that fit; 0: does not apply
     int32_t block;     // tokens that fit; 0: does not apply
     int32_t unit;      // the width is a multiple of this; 0: does not apply
+    int32_t cache;     // of restore: 0 scatters only, 1 takes at most 2 x 2 cells of the cache, 2 any number
     char const* symbol;
     char const* finishSymbol;  // further kernels in the cubin, or empty
     char const* smallSymbol;

@@ -20,34 +20,57 @@ int64_t resizeSpan(int64_t size, int64_t source) noexcept {
     return span;
 }
 
-int32_t bitLength(int64_t value) noexcept {
-    int32_t bits = 0;
-    for (; value > 0; value >>= 1) {
-        ++bits;
-    }
-    return bits;
-}
-
-// What the four ops share: one kernel for one type, found by op, type and the number of tokens.
+// What the four ops share: kernels for one type, found by op, type, number of tokens and, to restore, kind of resize.
 class TokenOp : public Op {
 public:
     using Op::Op;
 
     Status prepare(Tensor const* inputs) override {
-        Tensor const& first = inputs[0];
         Device device;
         int32_t arch = 0;
         Status status = chooseArch(device, arch);
         if (!status.ok()) {
             return status;
         }
+        for (int32_t cache = leastCache(); status.ok() && cache <= mostCache(); ++cache) {
+            status = load(inputs, device, arch, cache);
+        }
+        device_ = device;
+        return status;
+    }
+
+protected:
+    TokenOp(TokenOp const&) = default;
+
+    // Tokens that one program has to hold at once; 0 where that is no limit.
+    virtual int64_t tokensHeld(Tensor const*) const noexcept { return 0; }
+
+    // Kinds of resize that may be asked for.
+    virtual int32_t leastCache() const noexcept { return 0; }
+    virtual int32_t mostCache() const noexcept { return 0; }
+
+    // Fails where enqueue must not launch.
+    Status begin(Tensor const* inputs, void const* const* in, void* const* out, int32_t cache = 0) const noexcept {
+        KernelEntry const* const entry = kernels_[cache].entry;
+        if (entry == nullptr || (entry->block > 0 && entry->block < tokensHeld(inputs)) ||
+            entry->type != inputs[0].type) {
+            return Status::error("%s: was not prepared for these inputs; this is a defect of the adapter", spec().name);
+        }
+        return checkAddresses(inputs, in, out);
+    }
+
+    Kernel kernels_[3];  // by kind of resize
+
+private:
+    Status load(Tensor const* inputs, Device const& device, int32_t arch, int32_t cache) {
+        Tensor const& first = inputs[0];
         int64_t const tokens = tokensHeld(inputs);
         KernelEntry const* best = nullptr;
         KernelTable const& table = kernelTable();
         for (int32_t i = 0; i < table.nbEntries; ++i) {
             KernelEntry const& entry = table.entries[i];
             if (entry.op == spec().op && entry.arch == arch && entry.type == first.type && entry.block >= tokens &&
-                (best == nullptr || entry.block < best->block)) {
+                entry.cache == cache && (best == nullptr || entry.block < best->block)) {
                 best = &entry;
             }
         }
@@ -61,29 +84,11 @@ public:
             return Status::error("%s: a width of %lld; valid are multiples of %d", spec().name,
                                  static_cast<long long>(first.dims[2]), best->unit);
         }
-        if (kernel_.entry == best && device_.contextId == device.contextId) {
+        if (kernels_[cache].entry == best && device_.contextId == device.contextId) {
             return {};
         }
-        device_ = device;
-        return loadKernel(device, *best, kernel_);
+        return loadKernel(device, *best, kernels_[cache]);
     }
-
-protected:
-    TokenOp(TokenOp const&) = default;
-
-    // Tokens that one program has to hold at once; 0 where that is no limit.
-    virtual int64_t tokensHeld(Tensor const*) const noexcept { return 0; }
-
-    // Fails where enqueue must not launch.
-    Status begin(Tensor const* inputs, void const* const* in, void* const* out) const noexcept {
-        if (kernel_.entry == nullptr || (kernel_.entry->block > 0 && kernel_.entry->block < tokensHeld(inputs)) ||
-            kernel_.entry->type != inputs[0].type) {
-            return Status::error("%s: was not prepared for these inputs; this is a defect of the adapter", spec().name);
-        }
-        return checkAddresses(inputs, in, out);
-    }
-
-    Kernel kernel_;
 };
 
 class SelectOp final : public TokenOp {
@@ -112,7 +117,7 @@ public:
         select.n_tokens = static_cast<int32_t>(tokens);
         select.keep = static_cast<int32_t>(keep);
         select.grid_images = inputs[spec::kENTROPY].dims[0];
-        return launch(kernel_, select, stream);
+        return launch(kernels_[0], select, stream);
     }
 
 protected:
@@ -157,11 +162,10 @@ public:
         gather.rows = static_cast<int32_t>(x.dims[1]);
         gather.images = static_cast<int32_t>(indices.dims[0]);
         gather.keep = static_cast<int32_t>(indices.dims[1]);
-        gather.width_units = static_cast<int32_t>(x.dims[2] / kernel_.entry->unit);
-        gather.grid_keep = indices.dims[1];
-        gather.grid_rows = x.dims[1];
+        gather.width_units = static_cast<int32_t>(x.dims[2] / kernels_[0].entry->unit);
+        gather.grid_kept_rows = indices.dims[1] * x.dims[1];
         gather.grid_channels = x.dims[2];
-        return launch(kernel_, gather, stream);
+        return launch(kernels_[0], gather, stream);
     }
 
 private:
@@ -181,14 +185,10 @@ public:
         Tensor const& x = inputs[spec::kX];
         Tensor const& indices = inputs[spec::kINDICES];
         bool const cached = this->spec().op == contract::Op::kRESTORE_TOKENS;
-        Status status = begin(inputs, in, out);
-        if (status.ok()) {
-            status = checkRows(this->spec().name, x.dims[1], indices.dims[0]);
-        }
-        if (!status.ok() || x.dims[0] == 0) {
-            return status;
-        }
-        int64_t h = x.dims[0], w = 1, hc = 1, wc = 1;
+        int64_t h = x.dims[0];
+        int64_t w = 1;
+        int64_t hc = 1;
+        int64_t wc = 1;
         if (cached) {
             h = inputs[spec::kROWS].dims[0];
             hc = inputs[spec::kROWS].dims[1];
@@ -203,29 +203,40 @@ public:
                     static_cast<long long>(inputs[spec::kCACHE].dims[0]), static_cast<long long>(x.dims[0]));
             }
         }
+        int64_t const spanHeight = resizeSpan(h, hc);
+        int64_t const spanWidth = resizeSpan(w, wc);
+        int32_t const cache = !cached ? 0 : std::max(spanHeight, spanWidth) <= 2 ? 1 : 2;
+        Status status = begin(inputs, in, out, cache);
+        if (status.ok()) {
+            status = checkRows(this->spec().name, x.dims[1], indices.dims[0]);
+        }
+        if (!status.ok() || x.dims[0] == 0) {
+            return status;
+        }
         RestoreKernel restore;
         restore.x = address(in[spec::kX]);
         restore.kept = address(in[spec::kKEPT]);
         restore.indices = address(in[spec::kINDICES]);
         restore.cache = address(in[cached ? spec::kCACHE : spec::kX]);
         restore.y = address(out[spec::kY_OUT]);
-        restore.n_tokens = static_cast<int32_t>(x.dims[0]);
         restore.rows = static_cast<int32_t>(x.dims[1]);
         restore.images = static_cast<int32_t>(indices.dims[0]);
         restore.keep = static_cast<int32_t>(indices.dims[1]);
-        restore.width_units = static_cast<int32_t>(x.dims[2] / kernel_.entry->unit);
-        restore.search_steps = bitLength(indices.dims[1]);
+        restore.width_units = static_cast<int32_t>(x.dims[2] / kernels_[cache].entry->unit);
         restore.grid_h = static_cast<int32_t>(h);
         restore.grid_w = static_cast<int32_t>(w);
         restore.cache_h = static_cast<int32_t>(hc);
         restore.cache_w = static_cast<int32_t>(wc);
-        restore.span_h = static_cast<int32_t>(resizeSpan(h, hc));
-        restore.span_w = static_cast<int32_t>(resizeSpan(w, wc));
-        restore.grid_n_tokens = x.dims[0];
-        restore.grid_rows = x.dims[1];
+        restore.span_h = static_cast<int32_t>(spanHeight);
+        restore.span_w = static_cast<int32_t>(spanWidth);
+        restore.grid_token_rows = x.dims[0] * x.dims[1];
         restore.grid_channels = x.dims[2];
-        return launch(kernel_, restore, stream);
+        return launch(kernels_[cache], restore, stream);
     }
+
+protected:
+    int32_t leastCache() const noexcept override { return spec().op == contract::Op::kRESTORE_TOKENS ? 1 : 0; }
+    int32_t mostCache() const noexcept override { return spec().op == contract::Op::kRESTORE_TOKENS ? 2 : 0; }
 
 private:
     RestoreOp(RestoreOp const&) = default;
