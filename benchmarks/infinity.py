@@ -272,7 +272,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
         f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms.",
         "",
-        "| model | batch | plan | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | to dense | peak GiB |",
+        "| model | batch | plan | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | to dense | GiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in report["rows"]:

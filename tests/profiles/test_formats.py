@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from tests.profiles.samples import CHECKPOINT, a_calibration, a_profile
 
+from tests.profiles.samples import CHECKPOINT, a_calibration, a_profile
 from toprovar.errors import FormatError
 from toprovar.exporter.plan import make_plan
 from toprovar.profiles.calibration import load_calibration, save_calibration

@@ -1,8 +1,8 @@
 """A profile says what it wishes, in one way only; what it says wrongly is named in one line."""
 
 import pytest
-from tests.profiles.samples import a_profile
 
+from tests.profiles.samples import a_profile
 from toprovar.errors import FormatError
 from toprovar.profiles.profile import SHIPPED, Profile, dense_profile, load_profile
 

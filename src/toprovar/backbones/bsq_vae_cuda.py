@@ -37,7 +37,7 @@ class FusedDecoder:
 
     def __init__(self, vae: BsqVae, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
-        self.decoder = vae.decoder.to(dtype=dtype, memory_format=torch.channels_last)
+        self.decoder = vae.decoder.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _block(self, x: Tensor, block: nn.Module) -> Tensor:
         conv1, conv2 = cast(nn.Conv2d, block.conv1), cast(nn.Conv2d, block.conv2)

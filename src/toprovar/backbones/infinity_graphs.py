@@ -48,7 +48,7 @@ class InfinityGraphs:
         padded: bool = False,
         negative: bool = False,
         graphs: bool = True,
-        decoder_dtype: Literal["float16", "bfloat16"] = "bfloat16",
+        decoder_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16",
     ) -> None:
         spec, device = backbone.spec, backbone.device
         pruning = Pruning.none(spec) if pruning is None else pruning

@@ -12,6 +12,7 @@ each of these kernels reads its inputs once and writes its outputs once:
 They compute in fp32 whatever the tensors are. The PyTorch modules in `toprovar.backbones` are their reference.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
