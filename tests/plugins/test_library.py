@@ -202,7 +202,7 @@ def test_a_changed_cubin_is_not_embedded(cubins, tmp_path):
     victim.write_bytes(b"changed")
     with pytest.raises(FormatError, match=r"is not what index.json lists"):
         embed.embed(copy, tmp_path / "out")
-    with pytest.raises(FormatError, match="python -m toprovar.kernels.aot"):
+    with pytest.raises(FormatError, match=r"python -m toprovar\.kernels\.aot"):
         embed.embed(tmp_path / "nowhere", tmp_path / "out")
 
 

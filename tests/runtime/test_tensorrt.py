@@ -243,7 +243,7 @@ def test_engines_of_another_machine_are_refused(mock, change, expected):
     bundle.manifest.targets["tensorrt"] = info
     from toprovar.runtime.tensorrt import open
 
-    with pytest.raises(TargetError, match="tensorrt|TensorRT|engines") as caught:
+    with pytest.raises(TargetError, match=r"tensorrt|TensorRT|engines") as caught:
         open(bundle)
     assert expected in str(caught.value)
 
