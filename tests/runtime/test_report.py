@@ -32,12 +32,14 @@ def test_the_report_has_a_row_per_bundle(session: Session, dense_bundle: Path, t
     assert [row["name"] for row in rows] == ["dense", "drop-1", "tiny"]
     assert rows[0]["psnr_db"] is None and rows[0]["total_speedup"] == 1.0 and rows[0]["equal_tokens"] == 1.0
     assert [row["scales"] for row in rows] == [[3], [2], [2, 3]]
+    assert rows[0]["classes"]["plain"] == {"transformer_speedup": 1.0, "ssim": 1.0}
     files = report.write(made, tmp_path / "out.html")
     assert [file.name for file in files] == ["out.html", "out.md", "out.json", "out.png"]
     assert json.loads(files[2].read_text()) == made.document
     page = files[0].read_text()
     assert "data:image/png;base64," in page and "http" not in page
-    assert "| tiny |" in files[1].read_text() and "](out.png)" in files[1].read_text()
+    text = files[1].read_text()
+    assert "| tiny |" in text and "](out.png)" in text and "| bundle | object, transformer | object, SSIM |" in text
     with Image.open(files[3]) as image:
         assert np.array_equal(np.asarray(image), made.grid)
 

@@ -81,7 +81,7 @@ def make(
     captions = [sessions[0].labels[sessions[0].label(label)] for label in labels]
     fidelity = [compare.compare_results(results[0], result, captions, seeds) for result in results]
     rows = [
-        _row(session, measured["bundles"][0], bundle, one["all"])
+        _row(session, measured["bundles"][0], bundle, one)
         for session, bundle, one in zip(sessions, measured["bundles"], fidelity, strict=True)
     ]
     document = {
@@ -126,9 +126,18 @@ def _row(session: Session, dense: dict[str, Any], own: dict[str, Any], fidelity:
         **{f"{part}_ms": round(value, 2) for part, value in times.items()},
         "transformer_speedup": round(_mean_ms(dense, "transformer") / times["transformer"], 3),
         "total_speedup": round(_mean_ms(dense, "total") / times["total"], 3),
-        "psnr_db": fidelity["psnr_db"],
-        "ssim": fidelity["ssim"],
-        "equal_tokens": sum(fidelity["agreement"].values()) / len(fidelity["agreement"]),
+        "psnr_db": fidelity["all"]["psnr_db"],
+        "ssim": fidelity["all"]["ssim"],
+        "equal_tokens": sum(fidelity["all"]["agreement"].values()) / len(fidelity["all"]["agreement"]),
+        "classes": {
+            name: {
+                "transformer_speedup": round(
+                    dense["classes"][name]["transformer_ms"]["median"] / one["transformer_ms"]["median"], 3
+                ),
+                "ssim": fidelity["classes"][name]["ssim"] if name in fidelity["classes"] else None,
+            }
+            for name, one in own["classes"].items()
+        },
     }
     return {**row, "below_floor": _below_floor(session, row)}
 
@@ -178,6 +187,19 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def _class_cells(row: dict[str, Any]) -> list[str]:
+    """A plan decides for each prompt class by itself, so means over classes hide something."""
+    cells = [row["name"]]
+    for one in row["classes"].values():
+        cells += [f"{one['transformer_speedup']:.2f} x", "" if one["ssim"] is None else f"{one['ssim']:.4f}"]
+    return cells
+
+
+def _class_columns(document: dict[str, Any]) -> list[str]:
+    names = document["rows"][0]["classes"]
+    return ["bundle", *(f"{name}, {what}" for name in names for what in ("transformer", "SSIM"))]
+
+
 def _notes(document: dict[str, Any]) -> list[str]:
     settings, rows = document["settings"], document["rows"]
     notes = [
@@ -200,8 +222,11 @@ def markdown(document: dict[str, Any], image: str) -> str:
     lines += [f"- {document['rows'][0]['runtime']}", ""]
     lines += ["| " + " | ".join(COLUMNS) + " |", "| ---" + " | ---:" * (len(COLUMNS) - 1) + " |"]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in document["rows"]]
-    lines += ["", *(f"- {note}" for note in _notes(document)), "", f"![pictures of every bundle]({image})", ""]
-    return "\n".join(lines)
+    lines += ["", *(f"- {note}" for note in _notes(document)), "", "By prompt class:", ""]
+    columns = _class_columns(document)
+    lines += ["| " + " | ".join(columns) + " |", "| ---" + " | ---:" * (len(columns) - 1) + " |"]
+    lines += ["| " + " | ".join(_class_cells(row)) + " |" for row in document["rows"]]
+    return "\n".join([*lines, "", f"![pictures of every bundle]({image})", ""])
 
 
 _STYLE = """
@@ -219,6 +244,9 @@ def html(document: dict[str, Any], png: bytes) -> str:
     def row(tag: str, cells: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
+    def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+        return "<table>" + row("th", columns) + "".join(row("td", cells) for cells in rows) + "</table>"
+
     def bullets(lines: Sequence[str]) -> str:
         return "<ul>" + "".join(f"<li>{escape(line.removeprefix('- '))}</li>" for line in lines) + "</ul>"
 
@@ -227,8 +255,10 @@ def html(document: dict[str, Any], png: bytes) -> str:
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>toprovar report</title>',
             f"<style>{_STYLE}</style></head><body><h1>toprovar report</h1>",
             bullets([*bench.machine_lines(document["machine"]), document["rows"][0]["runtime"]]),
-            "<table>" + row("th", COLUMNS) + "".join(row("td", _cells(one)) for one in document["rows"]) + "</table>",
+            table(COLUMNS, [_cells(one) for one in document["rows"]]),
             bullets(_notes(document)),
+            "<p>By prompt class:</p>",
+            table(_class_columns(document), [_class_cells(one) for one in document["rows"]]),
             f'<img alt="pictures of every bundle" src="data:image/png;base64,{base64.b64encode(png).decode()}">',
             "</body></html>",
             "",
