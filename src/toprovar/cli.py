@@ -89,8 +89,8 @@ def _fail(message: str, error: BaseException) -> None:
 
 # Options that several verbs share. Optional[...] and not "| None": Typer evaluates them, on Python 3.10 too.
 BundleArgument = Annotated[Path, typer.Argument(help="The folder that export wrote.", metavar="BUNDLE")]
-TargetOption = Annotated[str, typer.Option("--target", "-t", help="What runs it: onnxruntime, torch.")]
-ProviderOption = Annotated[str, typer.Option(help="Of onnxruntime: auto, cpu, cuda.")]
+TargetOption = Annotated[str, typer.Option("--target", "-t", help="What runs it: onnxruntime, torch, tensorrt.")]
+ProviderOption = Annotated[str, typer.Option(help="Of onnxruntime and torch: auto, cpu, cuda.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads per operator. Default: all cores.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", "-b", help="Most pictures at once.")]
 LabelOption = Annotated[list[str] | None, typer.Option("--label", "-l", help="Name or number; repeat. Default: all.")]
@@ -430,11 +430,12 @@ def _session(
 ) -> Session:
     from toprovar.runtime.session import Session
 
-    options: dict[str, Any] = {"threads": threads}
-    if target == "torch":
-        options |= {"checkpoint": checkpoint, "vae": vae, "device": "cuda" if provider == "cuda" else "cpu"}
-    else:
-        options["provider"] = provider
+    options: dict[str, Any] = {}
+    if target == "onnxruntime":
+        options = {"provider": provider, "threads": threads}
+    elif target == "torch":
+        device = "cuda" if provider == "cuda" else "cpu"
+        options = {"checkpoint": checkpoint, "vae": vae, "device": device, "threads": threads}
     return Session(bundle, target, batch_size=batch_size, **options)
 
 
