@@ -36,7 +36,8 @@ FORWARD_SYMBOL = "toprovar_attention_forward"
 FINISH_SYMBOL = "toprovar_attention_finish"
 SMALL_SYMBOL = "toprovar_attention_small"
 FINISH_THREADS = 256
-SMALL_THREADS, SMALL_CTAS, SMALL_QUERIES, SMALL_KEYS = 512, 8, 64, 128
+SMALL_THREADS, SMALL_QUERIES, SMALL_KEYS = 256, 64, 128
+SEAM = 16
 _COMPILER_OPTIONS = ("-std=c++17", "--gpu-architecture=sm_90a")
 
 _DTYPES = ("bfloat16", "float16")
@@ -53,7 +54,6 @@ class Variant:
     tile_n: int
     consumers: int = 2
     stages: int = 2
-    cluster: int = 1
 
     @property
     def tile_m(self) -> int:
@@ -77,14 +77,8 @@ class Variant:
             "TILE_N": self.tile_n,
             "CONSUMERS": self.consumers,
             "STAGES": self.stages,
-            "CLUSTER": self.cluster,
             "ENTROPY": int(self.entropy),
         }
-
-    @property
-    def seam(self) -> int:
-        """Rows of the small boxes from which the block where past and new keys meet is put together."""
-        return 8 if self.tile_n // self.cluster % 16 else 16
 
     @property
     def sets(self) -> int:
@@ -94,7 +88,7 @@ class Variant:
     @property
     def small_shared_bytes(self) -> int:
         pitch = 2 * self.head_dim + 16
-        return 2 * ((SMALL_QUERIES + 2 * SMALL_KEYS) * pitch + 3 * 8 * 16 * 4 + SMALL_QUERIES * 4)
+        return (SMALL_QUERIES + 2 * SMALL_KEYS) * pitch + 3 * 8 * 16 * 4
 
     def metadata(self) -> dict[str, Any]:
         """For a cubin library: all that a loader without Python needs beside the cubin."""
@@ -104,10 +98,9 @@ class Variant:
             "tile_m": self.tile_m,
             "threads": self.threads,
             "shared_bytes": self.shared_bytes,
-            "seam": self.seam,
+            "seam": SEAM,
             "finish_threads": FINISH_THREADS,
             "small_threads": SMALL_THREADS,
-            "small_ctas": SMALL_CTAS,
             "small_queries": SMALL_QUERIES,
             "small_keys": SMALL_KEYS,
             "small_shared_bytes": self.small_shared_bytes,
@@ -117,9 +110,9 @@ class Variant:
 
 _TILES: dict[int, dict[str, int]] = {
     64: {"tile_n": 128, "consumers": 3, "stages": 3},
-    80: {"tile_n": 176},
-    96: {"tile_n": 176},
-    128: {"tile_n": 176},
+    80: {"tile_n": 160},
+    96: {"tile_n": 160},
+    128: {"tile_n": 160},
 }
 VARIANTS: dict[tuple[str, int, bool], Variant] = {
     (dtype, head_dim, entropy): Variant(dtype, head_dim, entropy, **tiles)
@@ -127,7 +120,7 @@ VARIANTS: dict[tuple[str, int, bool], Variant] = {
     for head_dim, tiles in _TILES.items()
     for entropy in (False, True)
 }
-"""(dtype, head dim, with entropy) -> the build that is launched. Frozen: docs/log_hopper.md has what else was measured."""
+"""(dtype, head dim, with entropy) -> the build that is launched. docs/log_hopper.md has what else was measured."""
 
 
 # --- building -------------------------------------------------------------------------------------------------------
@@ -141,14 +134,17 @@ def source(variant: Variant) -> tuple[str, str]:
 
 
 def _wgmma(name: str, n: int, dtype: str, *, a_in_registers: bool) -> str:
-    """C++ wrapper of one wgmma.m64nNk16. Its accumulators are N/2 separate operands, hence written and not templated."""
+    """C++ wrapper of one wgmma.m64nNk16. Its accumulators are N/2 separate operands: written, not templated."""
     count, kind = n // 2, {"bfloat16": "bf16", "float16": "f16"}[dtype]
     registers = ", ".join(f"%{i}" for i in range(count))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     high = 1024 >> 4 | 1 << 30  # high word of an operand: see `operand` in hopper.cu
     instruction = f"wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} {{{registers}}}"
     if a_in_registers:
-        parameters, inputs = "unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b", '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b)'
+        parameters, inputs = (
+            "unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b",
+            '"r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b)',
+        )
         left = "{" + ", ".join(f"%{count + i}" for i in range(4)) + "}"
         body = f".reg .b64 b; mov.b64 b, {{%{count + 4}, {high}}}; {instruction}, {left}, b, 1, 1, 1, 1;"
     else:
@@ -229,7 +225,9 @@ def _compile_nvrtc(nvrtc: ctypes.CDLL, text: str, header: str, options: list[str
             nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
             log = ctypes.create_string_buffer(size.value)
             nvrtc.nvrtcGetProgramLog(program, log)
-            raise TargetError(f"Hopper kernel: NVRTC refused hopper.cu (code {code}): {log.value.decode(errors='replace')[:2000]}")
+            raise TargetError(
+                f"Hopper kernel: NVRTC refused hopper.cu (code {code}): {log.value.decode(errors='replace')[:2000]}"
+            )
         size = ctypes.c_size_t()
         nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
         cubin = ctypes.create_string_buffer(size.value)
@@ -249,8 +247,8 @@ def _compile_nvcc(text: str, header: str, options: list[str]) -> bytes:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         except OSError as error:
             raise TargetError(
-                "Hopper kernel: found neither NVRTC (libnvrtc.so.12 or .13, as in the wheel nvidia-cuda-nvrtc) nor nvcc; "
-                "install one of them, or use a library of cubins"
+                "Hopper kernel: found neither NVRTC (libnvrtc.so.12 or .13, as in the wheel nvidia-cuda-nvrtc) "
+                "nor nvcc; install one of them, or use a library of cubins"
             ) from error
         if done.returncode:
             raise TargetError(f"Hopper kernel: nvcc refused hopper.cu: {done.stderr[:2000]}")
@@ -281,26 +279,27 @@ _LEAST_RUN = 2
 
 def plan(variant: Variant, queries: int, past: int, fresh: int, rows: int, heads: int, sms: int, *, mean: bool) -> Plan:
     """Whole tiles in rounds of one per SM; what does not fill a last round is cut along the keys if that is faster."""
-    clusters = sms // variant.cluster
-    tiles = -(-queries // (variant.tile_m * variant.cluster)) * rows * heads
-    seam = -(-past // variant.seam) * variant.seam
-    blocks = -(-(seam + fresh) // variant.tile_n)
-    rest = tiles % clusters
-    run = max(_LEAST_RUN, -(-rest * blocks // clusters))
+    tiles = -(-queries // variant.tile_m) * rows * heads
+    blocks = -(-(-(-past // SEAM) * SEAM + fresh) // variant.tile_n)
+    rest = tiles % sms
+    run = max(_LEAST_RUN, -(-rest * blocks // sms))
     if not rest or run + _MERGE_BLOCKS >= blocks:
         rest = run = 0
     runs = -(-rest * blocks // run) if run else 0
-    slots = 2 * runs * variant.cluster
-    merges = rest * variant.cluster * variant.consumers * variant.sets
+    merges = rest * variant.consumers * variant.sets
     return Plan(
-        ctas=variant.cluster * min(clusters, max(tiles - rest, runs)),
+        ctas=min(sms, max(tiles - rest, runs)),
         full_tiles=tiles - rest,
         split_tiles=rest,
         run=run,
-        finish_blocks=-(-merges // 2) + (rows * -(-queries // 32) if mean else 0),
-        part_out_floats=slots * variant.tile_m * variant.head_dim,
-        part_stats_floats=slots * 3 * variant.tile_m,
+        finish_blocks=-(-merges // 2) + (_mean_blocks(queries, rows) if mean else 0),
+        part_out_floats=2 * runs * variant.tile_m * variant.head_dim,
+        part_stats_floats=2 * runs * 3 * variant.tile_m,
     )
+
+
+def _mean_blocks(queries: int, rows: int) -> int:
+    return rows * -(-queries // 32)
 
 
 # --- the CUDA driver ------------------------------------------------------------------------------------------------
@@ -368,12 +367,10 @@ class _SmallArguments(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("head_entropy", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
-        ("mean_entropy", ctypes.c_void_p),
         ("queries", ctypes.c_int),
         ("past", ctypes.c_int),
         ("fresh", ctypes.c_int),
         ("row_heads", ctypes.c_int),
-        ("heads", ctypes.c_int),
         ("scale_log2", ctypes.c_float),
     ]
 
@@ -404,7 +401,10 @@ def _check(code: int, what: str) -> None:
 def _function(variant: Variant, device: int, symbol: str) -> int:
     """A kernel's handle, loaded into the device's primary context (the one torch uses, current by now)."""
     function = ctypes.c_void_p()
-    _check(_driver().cuModuleGetFunction(ctypes.byref(function), _module(variant, device), symbol.encode()), "cuModuleGetFunction")
+    _check(
+        _driver().cuModuleGetFunction(ctypes.byref(function), _module(variant, device), symbol.encode()),
+        "cuModuleGetFunction",
+    )
     size = {FORWARD_SYMBOL: variant.shared_bytes, SMALL_SYMBOL: variant.small_shared_bytes, FINISH_SYMBOL: 0}[symbol]
     if size:
         _check(_driver().cuFuncSetAttribute(function, _SHARED_LIMIT, size), "cuFuncSetAttribute")
@@ -434,19 +434,19 @@ def _encode(at: int, pointer: int, length: int, row_heads: int, head_dim: int, d
 class _Kernel:
     """One kernel ready for launching: handle, configuration, arguments and the array of pointers to them."""
 
-    def __init__(
-        self, function: int, grid: int, block: int, shared_bytes: int, arguments: ctypes.Structure, *, overlap: bool = False
-    ) -> None:
+    def __init__(self, function: int, grid: int, block: int, shared_bytes: int, arguments: ctypes.Structure) -> None:
         self.function = function
         self.arguments = arguments
         self.config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes)
         self._config = ctypes.addressof(self.config)
-        if overlap:
-            attribute = _LaunchAttribute(id=_OVERLAP_LAUNCH)
-            attribute.value[0] = 1
-            self._attributes = (_LaunchAttribute * 1)(attribute)
-            self.config.attributes, self.config.attribute_count = self._attributes, 1
-        fields = [ctypes.addressof(arguments) + getattr(type(arguments), field[0]).offset for field in arguments._fields_]
+        # It may be set up while the kernel before it on the stream still runs, and waits for it (griddepcontrol.wait).
+        attribute = _LaunchAttribute(id=_OVERLAP_LAUNCH)
+        attribute.value[0] = 1
+        self._attributes = (_LaunchAttribute * 1)(attribute)
+        self.config.attributes, self.config.attribute_count = self._attributes, 1
+        fields = [
+            ctypes.addressof(arguments) + getattr(type(arguments), field[0]).offset for field in arguments._fields_
+        ]
         self.fields = fields
         self._own = (ctypes.c_void_p * len(fields))(*fields)
         self.parameters = ctypes.addressof(self._own)
@@ -466,7 +466,15 @@ class _Call:
     """
 
     def __init__(
-        self, variant: Variant | None, dtype: str, device: int, shape: tuple[int, ...], past: int, fresh: int, scale: float, entropy: str
+        self,
+        variant: Variant | None,
+        dtype: str,
+        device: int,
+        shape: tuple[int, ...],
+        past: int,
+        fresh: int,
+        scale: float,
+        entropy: str,
     ) -> None:
         import torch
 
@@ -483,24 +491,29 @@ class _Call:
         self.finish: _Kernel | None = None
         if given is None and queries <= SMALL_QUERIES and past + fresh <= SMALL_KEYS:
             self.small = _Kernel(
-                _function(variant, device, SMALL_SYMBOL), SMALL_CTAS * rows, SMALL_THREADS, variant.small_shared_bytes,
-                _SmallArguments(heads=heads, scale_log2=scale_log2, **common),
+                _function(variant, device, SMALL_SYMBOL), rows * heads, SMALL_THREADS, variant.small_shared_bytes,
+                _SmallArguments(scale_log2=scale_log2, **common),
             )  # fmt: skip
-            return
-        sms = torch.cuda.get_device_properties(device).multi_processor_count
-        shares = plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
-        common |= {"full_tiles": shares.full_tiles, "run": shares.run}
-        self.part_floats, self.stats_floats = shares.part_out_floats, shares.part_stats_floats
-        self.forward = _Kernel(
-            _function(variant, device, FORWARD_SYMBOL), shares.ctas, variant.threads, variant.shared_bytes,
-            _ForwardArguments(scale_log2=scale_log2, **common),
-        )  # fmt: skip
-        if shares.finish_blocks:
-            # It may be set up while the forward kernel still runs, and waits for it with griddepcontrol.wait.
+            finish_blocks = _mean_blocks(queries, rows) if entropy == "mean" else 0
+            common |= {"full_tiles": -(-queries // variant.tile_m) * rows * heads, "run": 0}
+        else:
+            sms = torch.cuda.get_device_properties(device).multi_processor_count
+            shares = plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
+            finish_blocks = shares.finish_blocks
+            common |= {"full_tiles": shares.full_tiles, "run": shares.run}
+            self.part_floats, self.stats_floats = shares.part_out_floats, shares.part_stats_floats
+            self.forward = _Kernel(
+                _function(variant, device, FORWARD_SYMBOL), shares.ctas, variant.threads, variant.shared_bytes,
+                _ForwardArguments(scale_log2=scale_log2, **common),
+            )  # fmt: skip
+        if finish_blocks:
             self.finish = _Kernel(
-                _function(variant, device, FINISH_SYMBOL), shares.finish_blocks, FINISH_THREADS, 0,
-                _FinishArguments(heads=heads, **common), overlap=True,
-            )  # fmt: skip
+                _function(variant, device, FINISH_SYMBOL),
+                finish_blocks,
+                FINISH_THREADS,
+                0,
+                _FinishArguments(heads=heads, **common),
+            )
         self.maps: dict[tuple[int, ...], tuple[Any, Any]] = {}
 
     def parameters(self, pointers: tuple[int, ...]) -> int:
@@ -518,8 +531,8 @@ class _Call:
             if not self.fresh:
                 lengths[2:] = lengths[:2]
             boxes = [(q, self.queries, self.variant.tile_m)]
-            boxes += [(*piece, self.variant.tile_n // self.variant.cluster) for piece in lengths]
-            boxes += [(*piece, self.variant.seam) for piece in lengths]
+            boxes += [(*piece, self.variant.tile_n) for piece in lengths]
+            boxes += [(*piece, SEAM) for piece in lengths]
             for i, (pointer, length, rows) in enumerate(boxes):
                 _encode(start + 128 * i, pointer, length, self.row_heads, self.head_dim, self.dtype, rows)
             places = [start + 128 * i for i in range(9)] + self.forward.fields
@@ -551,7 +564,10 @@ def available(device: Any = None) -> bool:
 
 
 def supports(dtype: Any, head_dim: int, n_queries: int, n_keys: int, scale: float = 1.0) -> bool:
-    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0."""
+    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0.
+
+    A scale of 0 or below would turn the mask of absent keys and the maximum of the scores around.
+    """
     name = str(dtype).removeprefix("torch.")
     return (name, head_dim, True) in VARIANTS and n_queries > 0 and n_keys > 0 and scale > 0
 
@@ -577,7 +593,7 @@ def forward(
         variant: another build than the tabled one (for measurements).
 
     Returns: out [N,R,H,D]; entropy in nats [R,N], [R,H,N] or None; lse [R,H,N] or None.
-    Raises: TargetError when the kernel cannot be built. Shapes and dtypes are the caller's to check (`supports`, ops.py).
+    Raises: TargetError when the kernel cannot be built. Shapes, dtypes and scale are the caller's to check (ops.py).
     """
     import torch
 
@@ -608,34 +624,31 @@ def forward(
     if return_lse:
         lse = torch.empty((rows, heads, queries), dtype=torch.float32, device=device)
     stream = torch.cuda.current_stream(device).cuda_stream
-    if call.small is not None:
-        arguments = call.small.arguments
-        arguments.q, arguments.past_k, arguments.past_v, arguments.new_k, arguments.new_v = pointers
-        arguments.out = out.data_ptr()
-        arguments.head_entropy = 0 if per_head is None else per_head.data_ptr()
-        arguments.mean_entropy = 0 if mean is None else mean.data_ptr()
-        arguments.lse = 0 if lse is None else lse.data_ptr()
-        call.small(stream)
-        return out, mean if per_head is None else per_head, lse
-
-    # One allocation for all that nobody keeps: the parts of split tiles, and the entropy per head where the mean is asked for.
+    # One allocation for all that nobody keeps: the parts of split tiles, and the entropy per head behind a mean.
     scratch_floats = call.part_floats + call.stats_floats + (rows * heads * queries if entropy == "mean" else 0)
     parts = 0
     if scratch_floats:
         scratch = torch.empty(scratch_floats, dtype=torch.float32, device=device)
         parts = scratch.data_ptr()
-    arguments = call.forward.arguments
-    arguments.out = out.data_ptr()
-    arguments.lse = 0 if lse is None else lse.data_ptr()
-    arguments.part_out = parts
-    arguments.part_stats = parts + 4 * call.part_floats
-    arguments.head_entropy = per_head.data_ptr() if per_head is not None else parts + 4 * (call.part_floats + call.stats_floats)
-    call.forward(stream, call.parameters(pointers))
+    out_pointer = out.data_ptr()
+    lse_pointer = 0 if lse is None else lse.data_ptr()
+    mean_pointer = 0 if mean is None else mean.data_ptr()
+    stats = parts + 4 * call.part_floats
+    head_pointer = per_head.data_ptr() if per_head is not None else 0 if mean is None else stats + 4 * call.stats_floats
+    if call.small is not None:
+        small = call.small.arguments
+        small.q, small.past_k, small.past_v, small.new_k, small.new_v = pointers
+        small.out, small.head_entropy, small.lse = out_pointer, head_pointer, lse_pointer
+        call.small(stream)
+    else:
+        arguments = call.forward.arguments
+        arguments.out, arguments.head_entropy, arguments.lse = out_pointer, head_pointer, lse_pointer
+        arguments.part_out, arguments.part_stats = parts, stats
+        call.forward(stream, call.parameters(pointers))
     if call.finish is not None:
         last = call.finish.arguments
-        last.out, last.lse, last.head_entropy = arguments.out, arguments.lse, arguments.head_entropy
-        last.part_out, last.part_stats = arguments.part_out, arguments.part_stats
-        last.mean_entropy = 0 if mean is None else mean.data_ptr()
+        last.out, last.head_entropy, last.lse, last.mean_entropy = out_pointer, head_pointer, lse_pointer, mean_pointer
+        last.part_out, last.part_stats = parts, stats
         call.finish(stream)
     return out, mean if per_head is None else per_head, lse
 

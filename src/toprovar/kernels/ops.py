@@ -345,7 +345,7 @@ def _attention_cuda(
     if (
         hopper is not None
         and hopper.available(q.device)
-        and hopper.supports(q.dtype, d, n, past_k.shape[0] + new_k.shape[0])
+        and hopper.supports(q.dtype, d, n, past_k.shape[0] + new_k.shape[0], scale)
     ):
         try:
             out, given, lse = hopper.forward(*arguments)

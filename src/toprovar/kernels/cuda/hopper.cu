@@ -11,41 +11,41 @@
 //     H = ln 2 (log2 l - u / l)                          LSE = ln 2 (m + log2 l)
 //
 // and when the reference moves from m to m', a = 2^(m - m'):   u <- a (u + (m - m') l),  l <- a l,  O <- a O.
-// m need not be the maximum, it only has to stay near it: H, LSE and O do not depend on it. So no maximum is taken at all
-// after the first block of a tile. The terms are formed with the m at hand, and only if their sum is large (LIMIT) is m
-// moved and the terms, finite still, are scaled down with everything before them. Should they have overflowed (a score
-// 76 nats above all before it), the block's scores are formed anew. This takes the maximum, the exchange between
-// the four threads of a query and the rescaling of O out of nearly every block.
+// m need not be the maximum, it only has to stay in reach of it: H, LSE and O do not depend on it. So no maximum is
+// taken at all after the first block of a tile: the terms are formed with the m at hand, and only if their sum passes
+// LIMIT (some score is 41 nats, with fp16 12 nats, above all of the first block) are the block's scores formed once
+// more, and m moved. This takes the maximum, the exchange between the four threads of a query and the rescaling of O
+// out of nearly every block.
 //
 // Work is dealt to a persistent grid. Tiles [0, full_tiles) are dealt whole, in rounds. The rest, which would leave
-// part of the GPU idle in a last round, is cut into equal runs of key blocks regardless of where tiles end. A tile that is cut leaves unnormalised parts (O, m, l, u) in the workspace, and `toprovar_attention_finish`
-// merges them. The same mechanism is split-KV when there are few queries. The finish kernel also takes the mean of
-// the entropy over heads; it reads nothing larger than the per-head entropy.
+// part of the GPU idle in a last round, is cut into equal runs of key blocks regardless of where tiles end. A tile that
+// is cut leaves unnormalised parts (O, m, l, u) in the workspace, and `toprovar_attention_finish` merges them. The same
+// mechanism is split-KV when there are few queries. The finish kernel also takes the mean of the entropy over heads; it
+// reads nothing larger than the per-head entropy.
 //
 // Launch (everything a C++ caller has to know; `hopper.py` holds the same as the table `VARIANTS`):
 //
-//   toprovar_attention_forward<<<ctas, THREADS, SHARED_BYTES>>>(   ctas a multiple of CLUSTER, at most one per SM
+//   toprovar_attention_forward<<<ctas, THREADS, SHARED_BYTES>>>(   at most one CTA per SM
 //     CUtensorMap q, past_k, past_v, new_k, new_v, past_k_seam, past_v_seam, new_k_seam, new_v_seam,
 //                                                     3-D maps {D, R*H, length}, strides {D, R*H*D} * 2 bytes, 128-byte
 //                                                     swizzle, zero fill; box {64, 1, TILE_M} for q, {64, 1, SEAM} for
-//                                                     the seams, {64, 1, TILE_N / CLUSTER} for the others. An empty
+//                                                     the seams, {64, 1, TILE_N} for the others. An empty
 //                                                     piece takes the other piece's maps (they are not read)
-//     void* out, float* head_entropy, float* lse,     [N,R,H,D]; [R,H,N] or null (only if built with ENTROPY); [R,H,N] or null
+//     void* out, float* head_entropy, float* lse,     [N,R,H,D]; [R,H,N], null only if built without ENTROPY; [R,H,N]
+//                                                     or null
 //     float* part_out, float* part_stats,             workspace, 2 * runs slots of TILE_M * D and of 3 * TILE_M floats
 //     int queries, int past, int fresh, int row_heads, float scale_log2,       scale_log2 = scale * log2(e) > 0
 //     int full_tiles, int run)                        run: key blocks of a run over the tiles from full_tiles on
 //   toprovar_attention_finish<<<blocks, 256>>>(...)   merges and takes the mean, see there
-//   toprovar_attention_small<<<8 * R, 512, SMALL_SHARED_BYTES>>>(...)   all of it for at most 64 queries on 128 keys, see there
+//   toprovar_attention_small<<<R * H, 256, SMALL_SHARED_BYTES>>>(...)
+//                                                     in the forward kernel's place for at most 64 queries on 128 keys
+// All three may be launched with programmatic stream serialisation: each waits for the kernel before it.
 //
 // Built by hopper.py with these macros: DTYPE (0 bf16, 1 fp16), HEAD_DIM (64, 80, 96, 128), TILE_N, CONSUMERS, STAGES,
-// CLUSTER (1, 2), ENTROPY (0, 1). `hopper_wgmma.cuh` is written by hopper.py: wrappers wgmma_qk and wgmma_pv of the two
-// matrix instructions, whose operand lists depend on the tile. No other header is used, so NVRTC compiles this as it is.
+// ENTROPY (0, 1). `hopper_wgmma.cuh` is written by hopper.py: wrappers wgmma_qk and wgmma_pv of the two matrix
+// instructions, whose operand lists depend on the tile. No other header is used, so NVRTC compiles this as it is.
 
 #include "hopper_wgmma.cuh"
-
-#ifndef TURN
-#define TURN 2
-#endif
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -65,15 +65,16 @@ constexpr int SCORES = TILE_N / 2;                    // fp32 accumulators per t
 constexpr int OUTPUTS = HEAD_DIM / 2;
 constexpr int PAIRS = TILE_N / 4;                     // P packed to 16 bits
 constexpr int GROUPS = HEAD_DIM / 8;                  // 8-column groups of the output
-constexpr int SEAM = TILE_N / CLUSTER % 16 ? 8 : 16;  // rows of the small boxes, see Problem
+constexpr int SEAM = 16;                              // rows of the small boxes, see Problem
 constexpr float MASKED = -1e30f;                      // finite: p = 0 and p * (s - m) = -0, where -inf would give NaN
-constexpr float LIMIT = 4096.f;                       // sum of a thread's terms of a block; keeps each in fp16's range
-constexpr float OVERFLOWN = 0x1p110f;                 // beyond this a sum, or a product with the exponent, may be infinite
+// How far above the reference m the terms of a block may reach, as this thread's sum of them. fp16 holds no term above
+// 65504; there m is put BIAS above the first maximum, so that what is left below (2^-24) is still far from mattering.
+constexpr float LIMIT = DTYPE == 0 ? 0x1p60f : 0x1p14f;
+constexpr float BIAS = DTYPE == 0 ? 0.f : 4.f;
 constexpr float LN2 = 0.693147180559945f;
 
 static_assert(TILE_N % 16 == 0 && TILE_N <= 256, "TILE_N is the N of one wgmma and the K of the other");
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 128, "head dims beyond 128 do not fit the registers");
-static_assert(TILE_N / CLUSTER % 8 == 0, "each CTA of a cluster loads whole swizzle atoms");
 
 // --- barriers and copies ---------------------------------------------------------------------------------------------
 
@@ -89,13 +90,6 @@ __device__ __forceinline__ void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive_at(u32 bar, u32 cta) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(bar), "r"(cta) : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -106,35 +100,18 @@ __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
         "over:\n}\n" ::"r"(bar), "r"(parity) : "memory");
 }
 
-// One box of a tensor map to shared memory; with CLUSTER 2, to the same place in both CTAs.
-__device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int column, int row_head, int key, bool both) {
-    if (CLUSTER > 1 && both) {
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
-            " [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(row_head), "r"(key),
-            "h"((unsigned short)((1 << CLUSTER) - 1)) : "memory");
-    } else {
-        asm volatile(
-            "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-            " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to), "l"(map), "r"(bar), "r"(column), "r"(row_head), "r"(key) : "memory");
-    }
-}
-
-__device__ __forceinline__ u32 cluster_rank() {
-    u32 rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
+// One box of a tensor map to shared memory.
+__device__ __forceinline__ void tma_load(u32 to, const TensorMap* map, u32 bar, int column, int row_head, int key) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(to),
+        "l"(map), "r"(bar), "r"(column), "r"(row_head), "r"(key) : "memory");
 }
 
 // --- tensor cores ----------------------------------------------------------------------------------------------------
 
 // Low word of a shared-memory operand with 128-byte swizzle: address and strides in units of 16 bytes. `leading` is the
 // step between 64-element pieces along N of a transposed operand (unused otherwise). The high word is the same for all
-// of them, OPERAND_HIGH: 1024 bytes between groups of 8 rows, 128-byte swizzle. Steps inside a tile are added to the word.
+// of them (hopper.py writes it): 1024 bytes between groups of 8 rows, 128-byte swizzle. Steps inside a tile are added.
 __device__ __forceinline__ u32 operand(u32 address, int leading) {
     return (address & 0x3ffff) >> 4 | (u32)(leading >> 4) << 16;  // in a cluster the higher bits tell the CTA
 }
@@ -188,6 +165,17 @@ __device__ __forceinline__ u32 pack(float low, float high) {
     return pair;
 }
 
+__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
+}
+
+// The older product of one warp, m16n8k16.
+__device__ __forceinline__ void multiply_small(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ float quad_max(float x) {
     x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
     return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
@@ -204,22 +192,25 @@ struct Rows {
     float m[2], l[2], u[2], shrink[2];
 };
 
-// Terms p = 2^(s - m) in place of the scores, and this thread's sums of p and of p (s - m).
+// Terms p = 2^(s - m) in place of the scores, and this thread's sums of p and of p (s - m). One chain of additions per
+// query for l and two for u: then ptxas spreads them evenly between the exponentials, which set the pace (see
+// docs/log_hopper.md).
 __device__ __forceinline__ void exponentials(float (&s)[SCORES], const Rows& rows, float scale, float (&l)[2], float (&u)[2]) {
-    float sums[4];
+    float weighted[4];
 #pragma unroll
     for (int i = 0; i < SCORES; i++) {
         const int r = i / 2 % 2;
         const float centred = fmaf(s[i], scale, -rows.m[r]);
         s[i] = exp2_fast(centred);
-        sums[i % 4] = i < 4 ? s[i] : sums[i % 4] + s[i];
+        l[r] = i < 4 && i % 2 == 0 ? s[i] : l[r] + s[i];
 #if ENTROPY
-        u[r] = i % 4 == 0 && i < 4 ? s[i] * centred : fmaf(s[i], centred, i == 2 ? 0.f : u[r]);
+        weighted[i % 4] = i < 4 ? s[i] * centred : fmaf(s[i], centred, weighted[i % 4]);
 #endif
     }
-    l[0] = sums[0] + sums[1];
-    l[1] = sums[2] + sums[3];
-#if !ENTROPY
+#if ENTROPY
+    u[0] = weighted[0] + weighted[1];
+    u[1] = weighted[2] + weighted[3];
+#else
     u[0] = u[1] = 0.f;
 #endif
 }
@@ -238,17 +229,6 @@ __device__ __forceinline__ void row_maxima(const float (&s)[SCORES], float (&top
     top[1] = quad_max(fmaxf(top[1], other[1]));
 }
 
-// Moves the reference of row r to m; what has been summed follows, and O is to be multiplied by shrink.
-__device__ __forceinline__ void move_reference(Rows& rows, int r, float m) {
-    const float step = rows.m[r] - m;
-    rows.shrink[r] = exp2_fast(step);
-#if ENTROPY
-    rows.u[r] = rows.shrink[r] * fmaf(step, rows.l[r], rows.u[r]);
-#endif
-    rows.l[r] *= rows.shrink[r];
-    rows.m[r] = m;
-}
-
 // Scores of a block once more, for the 16 queries of this warp alone, whose registers hold them as wgmma_qk leaves them.
 __device__ __forceinline__ void scores_again(float (&s)[SCORES], u32 query, u32 key) {
     const int lane = threadIdx.x % 32, row = lane % 8;
@@ -259,19 +239,12 @@ __device__ __forceinline__ void scores_again(float (&s)[SCORES], u32 query, u32 
     for (int k = 0; k < HEAD_DIM / 16; k++) {
         const int half = k / 4, chunk = k % 4 * 2;
         u32 a[4], b[4];
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                     : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                     : "r"(query_row + half * TILE_M * 128 + ((chunk + lane / 16) ^ row) * 16));
+        load_matrices(a, query_row + half * TILE_M * 128 + ((chunk + lane / 16) ^ row) * 16);
 #pragma unroll
         for (int n = 0; n < TILE_N / 16; n++) {
-            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
-                         : "r"(key_row + half * TILE_N * 128 + n * 2048 + ((chunk + lane / 8 % 2) ^ row) * 16));
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                             : "+f"(s[8 * n + 4 * i]), "+f"(s[8 * n + 4 * i + 1]), "+f"(s[8 * n + 4 * i + 2]), "+f"(s[8 * n + 4 * i + 3])
-                             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[2 * i]), "r"(b[2 * i + 1]));
+            load_matrices(b, key_row + half * TILE_N * 128 + n * 2048 + ((chunk + lane / 8 % 2) ^ row) * 16);
+            multiply_small(s + 8 * n, a, b[0], b[1]);
+            multiply_small(s + 8 * n + 4, a, b[2], b[3]);
         }
     }
 }
@@ -280,12 +253,13 @@ __device__ __forceinline__ void scores_again(float (&s)[SCORES], u32 query, u32 
 __device__ __forceinline__ void softmax_first(float (&s)[SCORES], Rows& rows, float scale) {
     float top[2];
     row_maxima(s, top);
-    rows.m[0] = top[0] * scale;
-    rows.m[1] = top[1] * scale;
+    rows.m[0] = fmaf(top[0], scale, BIAS);
+    rows.m[1] = fmaf(top[1], scale, BIAS);
     exponentials(s, rows, scale, rows.l, rows.u);
 }
 
-// Softmax of a later block; true if the reference has moved. `again` forms the block's scores once more.
+// Softmax of a later block; true if the reference has moved, and O is to be multiplied by `shrink`. `again` forms the
+// block's scores once more.
 template <typename Again>
 __device__ __forceinline__ bool softmax_next(float (&s)[SCORES], Rows& rows, float scale, Again again) {
     float l[2], u[2];
@@ -293,24 +267,17 @@ __device__ __forceinline__ bool softmax_next(float (&s)[SCORES], Rows& rows, flo
     const bool moved = __any_sync(0xffffffffu, !(l[0] < LIMIT && l[1] < LIMIT));
     if (moved) {
         float top[2];
-        if (__any_sync(0xffffffffu, !(l[0] < OVERFLOWN && l[1] < OVERFLOWN))) {
-            again();
-            row_maxima(s, top);
-            move_reference(rows, 0, fmaxf(rows.m[0], top[0] * scale));
-            move_reference(rows, 1, fmaxf(rows.m[1], top[1] * scale));
-            exponentials(s, rows, scale, l, u);
-        } else {
-            row_maxima(s, top);
+        again();
+        row_maxima(s, top);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                rows.l[r] += l[r];
-                rows.u[r] += u[r];
-                l[r] = u[r] = 0.f;
-                move_reference(rows, r, rows.m[r] + log2f(fmaxf(top[r], 1.f)));
-            }
-#pragma unroll
-            for (int i = 0; i < SCORES; i++) s[i] *= rows.shrink[i / 2 % 2];
+        for (int r = 0; r < 2; r++) {
+            const float m = fmaxf(rows.m[r], fmaf(top[r], scale, BIAS)), fall = rows.m[r] - m;
+            rows.shrink[r] = exp2_fast(fall);
+            rows.u[r] = rows.shrink[r] * fmaf(fall, rows.l[r], rows.u[r]);
+            rows.l[r] *= rows.shrink[r];
+            rows.m[r] = m;
         }
+        exponentials(s, rows, scale, l, u);
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -368,11 +335,11 @@ struct Problem {
 
     __device__ __forceinline__ Problem(int queries, int past, int fresh, int row_heads)
         : queries(queries), past(past), seam((past + SEAM - 1) / SEAM * SEAM), keys(seam + fresh), row_heads(row_heads),
-          blocks((keys + TILE_N - 1) / TILE_N), tiles_per_head((queries + TILE_M * CLUSTER - 1) / (TILE_M * CLUSTER)),
+          blocks((keys + TILE_N - 1) / TILE_N), tiles_per_head((queries + TILE_M - 1) / TILE_M),
           tiles(tiles_per_head * row_heads) {}
 };
 
-// The tiles and runs of one CTA (of one cluster), in the order in which its warps do them.
+// The tiles and runs of one CTA, in the order in which its warps do them.
 struct Schedule {
     int tile, first, last, slot;   // work in hand: blocks [first, last) of `tile`; slot < 0: the whole tile
     int next_tile, unit, unit_end, pieces;
@@ -417,9 +384,7 @@ struct Parts {
         offset = first_cta * run < begin;
     }
     __device__ __forceinline__ bool cut() const { return count > 1; }
-    __device__ __forceinline__ int slot(int part, int rank) const {
-        return (2 * (first_cta + part) + (part == 0 ? offset : 0)) * CLUSTER + rank;
-    }
+    __device__ __forceinline__ int slot(int part) const { return 2 * (first_cta + part) + (part == 0 ? offset : 0); }
 };
 
 struct Ring {
@@ -439,25 +404,23 @@ constexpr int QUERY_FULL = BARRIERS_AT, QUERY_FREE = BARRIERS_AT + 8, KEY_FULL =
               KEY_FREE = KEY_FULL + 8 * STAGES, VALUE_FULL = KEY_FREE + 8 * STAGES, VALUE_FREE = VALUE_FULL + 8 * STAGES;
 constexpr int MASK_AT = VALUE_FREE + 8 * STAGES;  // gap block, end block, past, seam, keys
 
-// Starts the loads of one block of K or V (with CLUSTER 2: of this CTA's half of it, into both CTAs).
-__device__ __forceinline__ void load_block(const Problem& problem, u32 to, u32 full, int block, int row_head, int rank,
+// Starts the loads of one block of K or V.
+__device__ __forceinline__ void load_block(const Problem& problem, u32 to, u32 full, int block, int row_head,
                                            const TensorMap* past_map, const TensorMap* new_map, const TensorMap* past_seam,
                                            const TensorMap* new_seam) {
-    const int from = block * TILE_N, mine = rank * (TILE_N / CLUSTER);
+    const int from = block * TILE_N;
     barrier_expect(full, KEY_BYTES);
-    to += mine * 128;
     if (from >= problem.seam || from + TILE_N <= problem.seam || problem.seam == problem.keys) {
         const bool fresh = from >= problem.seam;
         const TensorMap* map = fresh ? new_map : past_map;
         for (int half = 0; half < HALVES; half++)
-            tma_load(to + half * TILE_N * 128, map, full, half * 64, row_head, from + mine - (fresh ? problem.seam : 0), true);
+            tma_load(to + half * TILE_N * 128, map, full, half * 64, row_head, from - (fresh ? problem.seam : 0));
     } else {
-        for (int row = 0; row < TILE_N / CLUSTER; row += SEAM) {
-            const int key = from + mine + row;
-            const bool fresh = key >= problem.seam;
+        for (int row = 0; row < TILE_N; row += SEAM) {
+            const bool fresh = from + row >= problem.seam;
             const TensorMap* map = fresh ? new_seam : past_seam;
             for (int half = 0; half < HALVES; half++)
-                tma_load(to + half * TILE_N * 128 + row * 128, map, full, half * 64, row_head, key - (fresh ? problem.seam : 0), true);
+                tma_load(to + half * TILE_N * 128 + row * 128, map, full, half * 64, row_head, from + row - (fresh ? problem.seam : 0));
         }
     }
 }
@@ -465,9 +428,6 @@ __device__ __forceinline__ void load_block(const Problem& problem, u32 to, u32 f
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-#if CLUSTER > 1
-    __cluster_dims__(CLUSTER, 1, 1)
-#endif
     toprovar_attention_forward(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap past_key_map,
                                const __grid_constant__ TensorMap past_value_map, const __grid_constant__ TensorMap new_key_map,
                                const __grid_constant__ TensorMap new_value_map, const __grid_constant__ TensorMap past_key_seam,
@@ -479,8 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const u32 base = (u32)__cvta_generic_to_shared(shared);
     const Problem problem(queries, past, fresh, row_heads);
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
-    const int cta = blockIdx.x / CLUSTER, ctas = gridDim.x / CLUSTER;
+    const int cta = blockIdx.x, ctas = gridDim.x;
 
     if (threadIdx.x == 0) {
         barrier_init(base + QUERY_FULL, 1);
@@ -488,8 +447,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         for (int i = 0; i < STAGES; i++) {
             barrier_init(base + KEY_FULL + 8 * i, 1);
             barrier_init(base + VALUE_FULL + 8 * i, 1);
-            barrier_init(base + KEY_FREE + 8 * i, 4 * CONSUMERS * CLUSTER);
-            barrier_init(base + VALUE_FREE + 8 * i, 4 * CONSUMERS * CLUSTER);
+            barrier_init(base + KEY_FREE + 8 * i, 4 * CONSUMERS);
+            barrier_init(base + VALUE_FREE + 8 * i, 4 * CONSUMERS);
         }
         int* masks = reinterpret_cast<int*>(shared + MASK_AT);
         masks[0] = problem.seam > problem.past ? problem.past / TILE_N : -1;
@@ -499,13 +458,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         masks[4] = problem.keys;
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    if (CLUSTER > 1)
-        cluster_sync();
-    else
-        __syncthreads();
+    __syncthreads();
 
-    // The finish kernel may take its place on idle SMs now; it waits for the end of this one before it reads.
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    // The finish kernel may take its place on idle SMs now; it waits for the end of this one before it reads. This one has
+    // been set up beside the kernel before it, and waits here.
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
 
     Schedule work(problem, cta, full_tiles, run);
 
@@ -516,25 +473,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             u32 query_parity = 1;
             while (work.next(problem, cta, ctas, full_tiles)) {
                 const int row_head = work.tile / problem.tiles_per_head;
-                const int tile_m = (work.tile - row_head * problem.tiles_per_head) * CLUSTER + rank;
+                const int tile_m = work.tile - row_head * problem.tiles_per_head;
                 barrier_wait(base + QUERY_FREE, query_parity);
                 query_parity ^= 1;
                 barrier_expect(base + QUERY_FULL, QUERY_BYTES);
                 for (int half = 0; half < HALVES; half++)
-                    tma_load(base + half * TILE_M * 128, &query_map, base + QUERY_FULL, half * 64, row_head, tile_m * TILE_M, false);
+                    tma_load(base + half * TILE_M * 128, &query_map, base + QUERY_FULL, half * 64, row_head, tile_m * TILE_M);
 
                 // In the order of use: K of block j + 1 is needed before V of block j.
                 for (int step = work.first; step <= work.last; step++) {
                     if (step < work.last) {
                         barrier_wait(base + KEY_FREE + 8 * keys.stage, keys.parity ^ 1);
                         load_block(problem, base + KEYS_AT + keys.stage * KEY_BYTES, base + KEY_FULL + 8 * keys.stage, step, row_head,
-                                   rank, &past_key_map, &new_key_map, &past_key_seam, &new_key_seam);
+                                   &past_key_map, &new_key_map, &past_key_seam, &new_key_seam);
                         keys.advance();
                     }
                     if (step > work.first) {
                         barrier_wait(base + VALUE_FREE + 8 * values.stage, values.parity ^ 1);
                         load_block(problem, base + VALUES_AT + values.stage * KEY_BYTES, base + VALUE_FULL + 8 * values.stage, step - 1,
-                                   row_head, rank, &past_value_map, &new_value_map, &past_value_seam, &new_value_seam);
+                                   row_head, &past_value_map, &new_value_map, &past_value_seam, &new_value_seam);
                         values.advance();
                     }
                 }
@@ -555,12 +512,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         auto turn_take = [&] { asm volatile("bar.sync %0, 256;" ::"r"(my_turn) : "memory"); };
         auto turn_pass = [&] { asm volatile("bar.arrive %0, 256;" ::"r"(next_turn) : "memory"); };
         auto release = [&](u32 bar) {
-            if (CLUSTER == 1) {
-                if (leader) barrier_arrive(bar);
-            } else if (threadIdx.x % 32 < CLUSTER) {
-                barrier_arrive_at(bar, threadIdx.x % 32);
-            }
+            if (leader) barrier_arrive(bar);
         };
+        auto key_tile = [&] { return base + KEYS_AT + keys.stage * KEY_BYTES; };
+        auto value_tile = [&] { return base + VALUES_AT + values.stage * KEY_BYTES; };
         // Which blocks have rows without a key. Kept in shared memory: there is no register left for it in the loop.
         auto mask_block = [&](int block) {
             int gap_block, end_block, gap, resume, end;
@@ -572,14 +527,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         };
 
-        if (TURN && group == CONSUMERS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");  // the first turn is group 0's
+        if (group == CONSUMERS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");  // the first turn is group 0's
 
         while (work.next(problem, cta, ctas, full_tiles)) {
             barrier_wait(base + QUERY_FULL, query_parity);
             query_parity ^= 1;
             barrier_wait(base + KEY_FULL + 8 * keys.stage, keys.parity);
             wgmma_fence();
-            multiply_qk(scores, query, base + KEYS_AT + keys.stage * KEY_BYTES);
+            multiply_qk(scores, query, key_tile());
             wgmma_commit();
 #pragma unroll
             for (int i = 0; i < OUTPUTS; i++) output[i] = 0.f;
@@ -594,24 +549,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
             for (int block = work.first + 1; block < work.last; block++) {
                 barrier_wait(base + KEY_FULL + 8 * keys.stage, keys.parity);
-                if (TURN) turn_take();
+                turn_take();
                 pin(output);
                 wgmma_fence();
-                multiply_qk(scores, query, base + KEYS_AT + keys.stage * KEY_BYTES);
+                multiply_qk(scores, query, key_tile());
                 wgmma_commit();
-                if (TURN == 3) turn_pass();
                 barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
-                multiply_pv(output, weights, base + VALUES_AT + values.stage * KEY_BYTES);
+                multiply_pv(output, weights, value_tile());
                 wgmma_commit();
-                if (TURN == 1) turn_pass();
                 wgmma_wait<1>();
                 pin(scores);
-                if (TURN == 2) turn_pass();
+                turn_pass();  // the other group's scores may now be formed beside this one's product with V
                 mask_block(block);
                 // K is held until here for the rare case that its scores are needed twice. The branches inside also keep
                 // ptxas from sinking the softmax below the wait for O, where nothing would run beside it.
                 const bool moved = softmax_next(scores, rows, scale_log2, [&] {
-                    scores_again(scores, query, base + KEYS_AT + keys.stage * KEY_BYTES);
+                    scores_again(scores, query, key_tile());
                     mask_block(block);
                 });
                 release(base + KEY_FREE + 8 * keys.stage);
@@ -632,8 +585,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
             pin(output);
             wgmma_fence();
-            multiply_pv(output, weights, base + VALUES_AT + values.stage * KEY_BYTES);
+            multiply_pv(output, weights, value_tile());
             wgmma_commit();
+            wgmma_wait<0>();
+            pin(output);
+            release(base + VALUE_FREE + 8 * values.stage);
+            values.advance();
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 rows.l[r] = quad_sum(rows.l[r]);
@@ -641,17 +598,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 rows.u[r] = quad_sum(rows.u[r]);
 #endif
             }
-            wgmma_wait<0>();
-            pin(output);
-            release(base + VALUE_FREE + 8 * values.stage);
-            values.advance();
 
             const int thread = threadIdx.x - 128;
             const int row_head = work.tile / problem.tiles_per_head;
-            const int tile_m = (work.tile - row_head * problem.tiles_per_head) * CLUSTER + rank;
+            const int tile_m = work.tile - row_head * problem.tiles_per_head;
             const int in_tile = thread / 32 * 16 + thread % 32 / 4;
             if (work.slot >= 0) {
-                const long long slot = (long long)work.slot * CLUSTER + rank;
+                const long long slot = work.slot;
                 float4* parts = reinterpret_cast<float4*>(part_out + slot * (TILE_M * HEAD_DIM)) + thread;
 #pragma unroll
                 for (int i = 0; i < GROUPS; i++)
@@ -696,13 +649,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
     }
-    if (CLUSTER > 1) cluster_sync();  // a CTA stays while the other one may still signal its barriers
 }
 
 // Merges the parts of split tiles and takes the mean of the entropy over heads. Blocks [0, merge_blocks), with
-// merge_blocks = split_tiles * CLUSTER * CONSUMERS * SETS / 2 rounded up and SETS = ceil(HEAD_DIM / 32): each half of a block
-// merges 32 columns of the 64 queries of one warpgroup. The blocks behind them, one for 32 queries of a row, are there only
-// if mean_entropy is not null.
+// merge_blocks = split_tiles * CONSUMERS * SETS / 2 rounded up and SETS = ceil(HEAD_DIM / 32): each half of a block
+// merges 32 columns of the 64 queries of one warpgroup. The blocks behind them, one for 32 queries of a row, are there
+// only if mean_entropy is not null.
 extern "C" __global__ void __launch_bounds__(256)
     toprovar_attention_finish(void* out, float* head_entropy, float* lse, float* mean_entropy, const float* part_out,
                               const float* part_stats, int queries, int past, int fresh, int row_heads, int heads,
@@ -710,7 +662,7 @@ extern "C" __global__ void __launch_bounds__(256)
     const Problem problem(queries, past, fresh, row_heads);
     constexpr int SETS = (GROUPS + 3) / 4;
     constexpr int BATCH = 4;  // parts whose loads are in flight together
-    const int merges = (problem.tiles - full_tiles) * CLUSTER * CONSUMERS * SETS;
+    const int merges = (problem.tiles - full_tiles) * CONSUMERS * SETS;
     const int merge_blocks = (merges + 1) / 2;
 
     if ((int)blockIdx.x < merge_blocks) {
@@ -718,9 +670,7 @@ extern "C" __global__ void __launch_bounds__(256)
         if (unit >= merges) return;
         const int set = unit % SETS;
         unit /= SETS;
-        const int group = unit % CONSUMERS;
-        unit /= CONSUMERS;
-        const int rank = unit % CLUSTER, split = unit / CLUSTER;
+        const int group = unit % CONSUMERS, split = unit / CONSUMERS;
         const int thread = group * 128 + threadIdx.x % 128, in_tile = thread / 32 * 16 + thread % 32 / 4;
         const Parts parts(problem, split, run);
         if (!parts.cut()) return;
@@ -734,14 +684,14 @@ extern "C" __global__ void __launch_bounds__(256)
 #pragma unroll
             for (int b = 0; b < BATCH; b++) {
                 const bool there = first + b < parts.count;
-                const long long slot = parts.slot(there ? first + b : 0, rank);
+                const long long slot = parts.slot(there ? first + b : 0);
                 const float* from = part_stats + slot * (3 * TILE_M) + in_tile;
                 const float4* values = reinterpret_cast<const float4*>(part_out + slot * (TILE_M * HEAD_DIM)) + thread;
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     stats[b][r][0] = there ? from[8 * r] : MASKED;
-                    stats[b][r][1] = from[8 * r + TILE_M];
-                    stats[b][r][2] = ENTROPY ? from[8 * r + 2 * TILE_M] : 0.f;
+                    stats[b][r][1] = there ? from[8 * r + TILE_M] : 0.f;
+                    stats[b][r][2] = ENTROPY && there ? from[8 * r + 2 * TILE_M] : 0.f;
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) part[b][i] = values[min(4 * set + i, GROUPS - 1) * (2 * TILE_M)];
@@ -769,7 +719,7 @@ extern "C" __global__ void __launch_bounds__(256)
             }
         }
         const int tile = full_tiles + split, row_head = tile / problem.tiles_per_head;
-        const int n = ((tile - row_head * problem.tiles_per_head) * CLUSTER + rank) * TILE_M + in_tile;
+        const int n = (tile - row_head * problem.tiles_per_head) * TILE_M + in_tile;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const bool live = n + 8 * r < queries;
@@ -794,10 +744,13 @@ extern "C" __global__ void __launch_bounds__(256)
         __shared__ float sums[8][32];
         const int per_row = (queries + 31) / 32, block = blockIdx.x - merge_blocks;
         const int row = block / per_row, n = (block - row * per_row) * 32 + threadIdx.x % 32, share = threadIdx.x / 32;
-        const int tile_m = n / (TILE_M * CLUSTER), rank = n / TILE_M % CLUSTER, in_tile = n % TILE_M;
+        const int tile_m = n / TILE_M, in_tile = n % TILE_M;
         asm volatile("griddepcontrol.wait;" ::: "memory");
         float total = 0.f;
-        if (n < queries) {
+        if (n < queries && full_tiles >= problem.tiles) {
+#pragma unroll 4
+            for (int head = share; head < heads; head += 8) total += head_entropy[((long long)row * heads + head) * queries + n];
+        } else if (n < queries) {
             for (int head = share; head < heads; head += 8) {
                 const int row_head = row * heads + head, tile = row_head * problem.tiles_per_head + tile_m;
                 float value;
@@ -809,7 +762,7 @@ extern "C" __global__ void __launch_bounds__(256)
                         float m = MASKED, l = 0.f, u = 0.f;
 #pragma unroll 4
                         for (int i = 0; i < parts.count; i++) {
-                            const float* from = part_stats + (long long)parts.slot(i, rank) * (3 * TILE_M) + in_tile;
+                            const float* from = part_stats + (long long)parts.slot(i) * (3 * TILE_M) + in_tile;
                             const float other = from[0], part = from[TILE_M], weighted = from[2 * TILE_M];
                             const float top = fmaxf(m, other), old = m - top, step = other - top;
                             const float keep = exp2_fast(old), add = exp2_fast(step);
@@ -837,29 +790,22 @@ extern "C" __global__ void __launch_bounds__(256)
 
 // --- few queries on few keys -----------------------------------------------------------------------------------------
 //
-// The first scales of an image (1, 4, ... 64 queries on at most 121 keys) are a matter of latency alone: one launch, one
-// round of loads, the older warp-wide mma. A cluster of 8 CTAs does one row (of R), each CTA two heads at a time with 8
-// warps per head; the warps of a head share its queries and its keys among them and merge in shared memory. The mean
-// over heads is taken through the cluster's shared memory, in a fixed order.
+// The first scales of an image (1, 4, ... 64 queries on at most 121 keys) are a matter of latency alone: one round of
+// loads, the older warp-wide mma, one CTA of 8 warps per (row, head). The warps share the queries, and what warps are
+// left the keys; shares of the keys meet in shared memory. The finish kernel takes the mean over heads (launched with
+// full_tiles = all tiles).
 
 namespace {
 
-constexpr int SMALL_QUERIES = 64, SMALL_KEYS = 128, SMALL_CTAS = 8;
+constexpr int SMALL_QUERIES = 64, SMALL_KEYS = 128;
 constexpr int PITCH = HEAD_DIM * 2 + 16;  // bytes of a row: 16 more, so that 8 rows lie in different banks
 constexpr int SMALL_K = SMALL_QUERIES * PITCH, SMALL_V = SMALL_K + SMALL_KEYS * PITCH;
 constexpr int SMALL_PARTS = SMALL_K;      // the parts of O take the place of K and V
-constexpr int SMALL_STATS = SMALL_V + SMALL_KEYS * PITCH;       // m, l, u of 8 warps x 16 queries
-constexpr int SMALL_SUMS = SMALL_STATS + 3 * 8 * 16 * 4;        // entropy of each query, summed over this slot's heads
-constexpr int SMALL_SLOT = SMALL_SUMS + SMALL_QUERIES * 4;
-static_assert(2 * SMALL_KEYS * PITCH >= 8 * 16 * HEAD_DIM * 4, "the parts of O must fit where K and V were");
+constexpr int SMALL_STATS = SMALL_V + SMALL_KEYS * PITCH;  // m, l, u of 8 warps x 16 queries
+static_assert(2 * SMALL_KEYS * PITCH >= 7 * 16 * HEAD_DIM * 4, "the parts of O must fit where K and V were");
 
 __device__ __forceinline__ void copy_async(u32 to, const void* from, bool there) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(u32 (&d)[4], u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices_transposed(u32 (&d)[4], u32 address) {
@@ -867,58 +813,47 @@ __device__ __forceinline__ void load_matrices_transposed(u32 (&d)[4], u32 addres
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(address) : "memory");
 }
 
-__device__ __forceinline__ void multiply_small(float* c, const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT "." ELEMENT ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(512, 1) __cluster_dims__(SMALL_CTAS, 1, 1)
+// <<<R * H, 256, SMALL_STATS + 1536 bytes>>>; at most SMALL_QUERIES queries and SMALL_KEYS keys.
+extern "C" __global__ void __launch_bounds__(256)
     toprovar_attention_small(const void* q, const void* past_k, const void* past_v, const void* new_k, const void* new_v, void* out,
-                             float* head_entropy, float* lse, float* mean_entropy, int queries, int past, int fresh, int row_heads,
-                             int heads, float scale_log2) {
+                             float* head_entropy, float* lse, int queries, int past, int fresh, int row_heads,
+                             float scale_log2) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const int slot = threadIdx.x / 256, thread = threadIdx.x % 256, warp = thread / 32, lane = thread % 32;
-    unsigned char* mine = shared + slot * SMALL_SLOT;
-    const u32 base = (u32)__cvta_generic_to_shared(mine);
-    float* stats = reinterpret_cast<float*>(mine + SMALL_STATS);
-    float* sums = reinterpret_cast<float*>(mine + SMALL_SUMS);
-    const int row = blockIdx.x / SMALL_CTAS, rank = blockIdx.x % SMALL_CTAS;
+    const u32 base = (u32)__cvta_generic_to_shared(shared);
+    float* stats = reinterpret_cast<float*>(shared + SMALL_STATS);
+    const int row_head = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int keys = past + fresh, steps = (keys + 15) / 16;
-    const int m_tiles = queries <= 16 ? 1 : queries <= 32 ? 2 : 4, shares = 8 / m_tiles;
+    const int m_tiles = queries <= 16 ? 1 : queries <= 32 ? 2 : 4, shares = min(8 / m_tiles, steps);
     const int m_tile = warp % m_tiles, share = warp / m_tiles;
-    auto slot_sync = [&] { asm volatile("bar.sync %0, 256;" ::"r"(1 + slot) : "memory"); };
-
-    if (thread < SMALL_QUERIES) sums[thread] = 0.f;
-    for (int head = rank * 2 + slot; head < heads; head += 2 * SMALL_CTAS) {
-        const int row_head = row * heads + head;
-        constexpr int CHUNKS = HEAD_DIM / 8;
-        auto element = [&](const void* tensor, int at) {
-            return static_cast<const unsigned char*>(tensor) + ((long long)at * row_heads + row_head) * (HEAD_DIM * 2);
-        };
-        auto load_keys = [&](int to, const void* old, const void* next) {
-            for (int i = thread; i < steps * 16 * CHUNKS; i += 256) {
-                const int key = i / CHUNKS, chunk = i % CHUNKS;
-                const bool there = key < keys;
-                const unsigned char* from = key < past ? element(old, key) : element(next, there ? key - past : 0);
-                if (!there && fresh == 0) from = element(old, 0);
-                copy_async(base + to + key * PITCH + chunk * 16, from + chunk * 16, there);
-            }
-        };
-        for (int i = thread; i < m_tiles * 16 * CHUNKS; i += 256) {
-            const int at = i / CHUNKS, chunk = i % CHUNKS;
-            copy_async(base + at * PITCH + chunk * 16, element(q, min(at, queries - 1)) + chunk * 16, at < queries);
+    constexpr int CHUNKS = HEAD_DIM / 8;
+    auto element = [&](const void* tensor, int at) {
+        return static_cast<const unsigned char*>(tensor) + ((long long)at * row_heads + row_head) * (HEAD_DIM * 2);
+    };
+    auto load_keys = [&](int to, const void* old, const void* next) {
+        for (int i = threadIdx.x; i < steps * 16 * CHUNKS; i += 256) {
+            const int key = i / CHUNKS, chunk = i % CHUNKS, from = min(key, keys - 1);
+            copy_async(base + to + key * PITCH + chunk * 16, (from < past ? element(old, from) : element(next, from - past)) + chunk * 16, key < keys);
         }
-        load_keys(SMALL_K, past_k, new_k);
-        asm volatile("cp.async.commit_group;" ::: "memory");
-        load_keys(SMALL_V, past_v, new_v);
-        asm volatile("cp.async.commit_group;\ncp.async.wait_group 1;" ::: "memory");
-        slot_sync();
+    };
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+    load_keys(SMALL_K, past_k, new_k);
+    for (int i = threadIdx.x; i < m_tiles * 16 * CHUNKS; i += 256) {
+        const int at = i / CHUNKS, chunk = i % CHUNKS;
+        copy_async(base + at * PITCH + chunk * 16, element(q, min(at, queries - 1)) + chunk * 16, at < queries);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+    load_keys(SMALL_V, past_v, new_v);
+    asm volatile("cp.async.commit_group;\ncp.async.wait_group 1;" ::: "memory");
+    __syncthreads();
 
-        // This warp: 16 queries, key steps share, share + shares, ... (at most 4).
-        constexpr int MOST = SMALL_KEYS / 16 / 2;
-        float s[MOST][8], o[HEAD_DIM / 2];
+    // This warp: 16 queries, key steps share, share + shares, ... (at most 4).
+    constexpr int MOST = SMALL_KEYS / 16 / 2;
+    const bool busy = share < shares && m_tile * 16 < queries;
+    float s[MOST][8], o[HEAD_DIM / 2];
+    float m[2] = {MASKED, MASKED}, l[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
+    if (busy) {
 #pragma unroll
         for (int j = 0; j < MOST; j++)
 #pragma unroll
@@ -937,13 +872,11 @@ extern "C" __global__ void __launch_bounds__(512, 1) __cluster_dims__(SMALL_CTAS
                 }
             }
         }
-        float m[2] = {MASKED, MASKED}, l[2] = {0.f, 0.f}, u[2] = {0.f, 0.f};
 #pragma unroll
         for (int j = 0; j < MOST; j++)
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const int key = (share + j * shares) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2;
-                if (key >= keys) s[j][i] = MASKED;
+                if ((share + j * shares) * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2 >= keys) s[j][i] = MASKED;
                 m[i / 2 % 2] = fmaxf(m[i / 2 % 2], s[j][i]);
             }
         m[0] = quad_max(m[0]) * scale_log2;
@@ -954,14 +887,16 @@ extern "C" __global__ void __launch_bounds__(512, 1) __cluster_dims__(SMALL_CTAS
             for (int i = 0; i < 8; i++) {
                 const int r = i / 2 % 2;
                 const float centred = fmaf(s[j][i], scale_log2, -m[r]);
-                s[j][i] = s[j][i] == MASKED ? 0.f : exp2_fast(centred);  // a share may be without any key, m is MASKED then
+                s[j][i] = exp2_fast(centred);
                 l[r] += s[j][i];
                 u[r] = fmaf(s[j][i], centred, u[r]);
             }
 #pragma unroll
         for (int i = 0; i < HEAD_DIM / 2; i++) o[i] = 0.f;
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        slot_sync();
+    }
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    if (busy) {
 #pragma unroll
         for (int j = 0; j < MOST; j++) {
             const int step = share + j * shares;
@@ -976,70 +911,73 @@ extern "C" __global__ void __launch_bounds__(512, 1) __cluster_dims__(SMALL_CTAS
                 }
             }
         }
-        slot_sync();  // K and V have been read: the parts may be written over them
-        float* part = reinterpret_cast<float*>(mine + SMALL_PARTS) + warp * (16 * HEAD_DIM) + lane / 4 * HEAD_DIM + lane % 4 * 2;
-#pragma unroll
-        for (int i = 0; i < HEAD_DIM / 8; i++) {
-            *reinterpret_cast<float2*>(part + 8 * i) = make_float2(o[4 * i], o[4 * i + 1]);
-            *reinterpret_cast<float2*>(part + 8 * HEAD_DIM + 8 * i) = make_float2(o[4 * i + 2], o[4 * i + 3]);
-        }
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             l[r] = quad_sum(l[r]);
             u[r] = quad_sum(u[r]);
-            if (lane % 4 == 0) {
-                float* to = stats + warp * 16 + lane / 4 + 8 * r;
-                to[0] = m[r], to[128] = l[r], to[256] = u[r];
-            }
         }
-        slot_sync();
-        for (int n = warp; n < queries; n += 8) {  // a warp merges the shares of one query
-            float top = MASKED, sum = 0.f, weighted = 0.f;
-            float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-            for (int i = 0; i < shares; i++) top = fmaxf(top, stats[(i * m_tiles + n / 16) * 16 + n % 16]);
-            for (int i = 0; i < shares; i++) {
-                const int from = i * m_tiles + n / 16;
-                const float* at = stats + from * 16 + n % 16;
-                const float step = at[0] - top, weight = exp2_fast(step);
-                sum = fmaf(weight, at[128], sum);
-                weighted = fmaf(weight, fmaf(step, at[128], at[256]), weighted);
-                if (lane < HEAD_DIM / 4) {
-                    const float4 values = *reinterpret_cast<const float4*>(mine + SMALL_PARTS + ((from * 16 + n % 16) * HEAD_DIM + lane * 4) * 4);
-                    total.x = fmaf(weight, values.x, total.x);
-                    total.y = fmaf(weight, values.y, total.y);
-                    total.z = fmaf(weight, values.z, total.z);
-                    total.w = fmaf(weight, values.w, total.w);
+    }
+    if (shares > 1) {
+        __syncthreads();  // K and V have been read: the parts may be written over them
+        float4* parts = reinterpret_cast<float4*>(shared + SMALL_PARTS) + lane;
+        if (busy && share > 0) {
+            if (lane % 4 == 0)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    float* to = stats + warp * 16 + lane / 4 + 8 * r;
+                    to[0] = m[r], to[128] = l[r], to[256] = u[r];
+                }
+#pragma unroll
+            for (int i = 0; i < GROUPS; i++)
+                parts[((warp - m_tiles) * GROUPS + i) * 32] = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+        }
+        __syncthreads();
+        if (busy && share == 0) {
+            for (int other = m_tile + m_tiles; other < shares * m_tiles; other += m_tiles) {
+                float keep[2], add[2];
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const float* from = stats + other * 16 + lane / 4 + 8 * r;
+                    const float top = fmaxf(m[r], from[0]), old = m[r] - top, step = from[0] - top;
+                    keep[r] = exp2_fast(old);
+                    add[r] = exp2_fast(step);
+                    u[r] = keep[r] * fmaf(old, l[r], u[r]) + add[r] * fmaf(step, from[128], from[256]);
+                    l[r] = keep[r] * l[r] + add[r] * from[128];
+                    m[r] = top;
+                }
+#pragma unroll
+                for (int i = 0; i < GROUPS; i++) {
+                    const float4 part = parts[((other - m_tiles) * GROUPS + i) * 32];
+                    o[4 * i] = keep[0] * o[4 * i] + add[0] * part.x;
+                    o[4 * i + 1] = keep[0] * o[4 * i + 1] + add[0] * part.y;
+                    o[4 * i + 2] = keep[1] * o[4 * i + 2] + add[1] * part.z;
+                    o[4 * i + 3] = keep[1] * o[4 * i + 3] + add[1] * part.w;
                 }
             }
-            const float inverse = 1.f / sum, log_sum = log2f(sum);
-            if (lane < HEAD_DIM / 4)
-                *reinterpret_cast<uint2*>(static_cast<unsigned char*>(out) + ((long long)n * row_heads + row_head) * (HEAD_DIM * 2) + lane * 8) =
-                    make_uint2(pack(total.x * inverse, total.y * inverse), pack(total.z * inverse, total.w * inverse));
-            if (lane == 0) {
-                const float entropy = LN2 * (log_sum - weighted * inverse);
-                sums[n] += entropy;
-                if (head_entropy != nullptr) head_entropy[(long long)row_head * queries + n] = entropy;
-                if (lse != nullptr) lse[(long long)row_head * queries + n] = LN2 * (top + log_sum);
+        }
+    }
+    if (busy && share == 0) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int n = m_tile * 16 + lane / 4 + 8 * r;
+            const bool live = n < queries;
+            const float inverse = 1.f / l[r];
+            u32* to = static_cast<u32*>(out) + ((long long)n * row_heads + row_head) * (HEAD_DIM / 2);
+#pragma unroll
+            for (int set = 0; set < (GROUPS + 3) / 4; set++) {
+                u32 pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int at = min(4 * (4 * set + i) + 2 * r, HEAD_DIM / 2 - 2);
+                    pairs[i] = pack(o[at] * inverse, o[at + 1] * inverse);
+                }
+                store_set(to, set, pairs, live);
+            }
+            if (lane % 4 == 0 && live) {
+                const float log_sum = log2f(l[r]);
+                if (head_entropy != nullptr) head_entropy[(long long)row_head * queries + n] = LN2 * (log_sum - u[r] * inverse);
+                if (lse != nullptr) lse[(long long)row_head * queries + n] = LN2 * (m[r] + log_sum);
             }
         }
-        slot_sync();
     }
-
-    if (mean_entropy == nullptr) return;
-    cluster_sync();
-    const int n = threadIdx.x * SMALL_CTAS + rank;  // the CTAs of the cluster share the queries
-    if (n < queries) {
-        float total = 0.f;
-#pragma unroll
-        for (int i = 0; i < 2 * SMALL_CTAS; i++) {
-            u32 remote;
-            float value;
-            const u32 local = (u32)__cvta_generic_to_shared(shared) + i % 2 * SMALL_SLOT + SMALL_SUMS + n * 4;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(i / 2));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(remote) : "memory");
-            total += value;
-        }
-        mean_entropy[(long long)row * queries + n] = total / heads;
-    }
-    cluster_sync();  // no CTA leaves while its sums may still be read
 }
