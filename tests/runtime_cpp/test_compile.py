@@ -12,7 +12,7 @@ from tests.runtime import tiny
 
 from .conftest import build, configure
 
-pytestmark = pytest.mark.cpp
+pytestmark = [pytest.mark.cpp, pytest.mark.slow]
 
 
 def test_toprovar_run_compiles_and_names_what_it_misses(tmp_path):
