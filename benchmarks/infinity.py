@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import platform
 import statistics
@@ -227,6 +228,7 @@ def main() -> None:
             condition = (text, torch.full((images,), TEXT_TOKENS, device="cuda"))
             base: float | None = None
             for name, pruning, graphs in cases:
+                gc.collect()  # an engine and its stages refer to each other
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
                 try:

@@ -120,7 +120,7 @@ VARIANTS: dict[tuple[str, int, bool], Variant] = {
     for head_dim, tiles in _TILES.items()
     for entropy in (False, True)
 }
-"""(dtype, head dim, with entropy) -> the build that is launched. docs/log_hopper.md has what else was measured."""
+"""(dtype, head dim, with entropy) -> the build that is launched. docs/log.md has what else was measured."""
 
 
 # --- building -------------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def split_head_dim(arch: int, head_dim: int) -> tuple[int, int]:
     """(D0, D1): a head as one or two power-of-two tiles, so that 80 = 64 + 16 and 96 = 64 + 32 waste no products.
 
     On sm_90 and sm_100 it is always one padded tile: with two, Triton 3.6's warp-group products gave wrong results for
-    the last, partial block of keys on an H100 (right under its interpreter; docs/log_kernels.md).
+    the last, partial block of keys on an H100 (right under its interpreter; docs/log.md).
     """
     whole = 16
     while whole < head_dim:

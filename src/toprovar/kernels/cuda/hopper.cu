@@ -194,7 +194,7 @@ struct Rows {
 
 // Terms p = 2^(s - m) in place of the scores, and this thread's sums of p and of p (s - m). One chain of additions per
 // query for l and two for u: then ptxas spreads them evenly between the exponentials, which set the pace (see
-// docs/log_hopper.md).
+// docs/log.md).
 __device__ __forceinline__ void exponentials(float (&s)[SCORES], const Rows& rows, float scale, float (&l)[2], float (&u)[2]) {
     float weighted[4];
 #pragma unroll
