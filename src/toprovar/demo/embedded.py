@@ -11,7 +11,7 @@ from toprovar.profiles.manifest import Label
 
 __all__ = ["embedded_source"]
 
-SAMPLING = SamplingWish(guidance=2.0, top_k=600, top_p=0.95)
+SAMPLING = SamplingWish(guidance=1.5, top_k=600, top_p=0.95)
 """What evaluation of the checkpoint found best; see its model card."""
 
 
