@@ -434,6 +434,11 @@ def _session(
     if target == "onnxruntime":
         options = {"provider": provider, "threads": threads}
     elif target == "torch":
+        if checkpoint is None and vae is None:
+            from toprovar.demo.embedded import embedded_source
+
+            source = embedded_source()
+            checkpoint, vae = source.checkpoint, source.vae
         device = "cuda" if provider == "cuda" else "cpu"
         options = {"checkpoint": checkpoint, "vae": vae, "device": device, "threads": threads}
     return Session(bundle, target, batch_size=batch_size, **options)
