@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import training
-from tokens import load_vqvae, tokenize, untrained_vqvae
+from picture_vq import PictureVq, demo_sizes, load_picture_vq, tokenize
 from torch import Tensor, nn
 
 from toprovar.backbones.base import layer_norm
@@ -156,9 +156,10 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1.2e-3)
     parser.add_argument("--loss-power", type=float, default=0.25)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--pool", type=int, default=12288)
     parser.add_argument("--lot", type=int, default=768)
-    parser.add_argument("--reuse", type=float, default=4.0)
+    parser.add_argument("--reuse", type=float, default=3.0)
     parser.add_argument("--corrupt", type=float, default=0.15, help="most tokens a picture's inputs get wrong")
     parser.add_argument("--rehearse", action="store_true", help="time --steps, save nothing; no --vae needed")
     parser.add_argument("--out", type=Path, required=True)
@@ -169,16 +170,19 @@ def main() -> None:
 
     if args.vae is None and not args.rehearse:
         parser.error("--vae is needed: the checkpoint of train_vqvae.py")
-    vae = untrained_vqvae(device) if args.vae is None else load_vqvae(args.vae, device)
-    encode = torch.compile(vae.features, dynamic=False) if args.compile else vae.features
+    if args.vae is None:
+        tokenizer = PictureVq(demo_sizes()).requires_grad_(False).to(device, memory_format=torch.channels_last)
+    else:
+        tokenizer = load_picture_vq(args.vae, device)
+    vae = tokenizer.vae
     seeds = training.Seeds(team, FIRST_SEED)
 
     def make(count: int) -> tuple[Tensor, ...]:
         labels = np.arange(count) % len(CLASSES)
         pictures = render(labels, seeds.take(count), device=device) * 2 - 1
         with torch.no_grad(), team.autocast():
-            features = torch.cat([encode(part) for part in pictures.split(args.lot // 6)])
-        tokens, inputs = tokenize(vae, features, corrupt=args.corrupt)
+            features = torch.cat([tokenizer.encoder(part) for part in pictures.split(args.lot // 6)])
+        tokens, inputs = tokenize(vae.quantize, features, corrupt=args.corrupt)
         return torch.from_numpy(labels).to(device), tokens.to(torch.int16), inputs.half()
 
     model = build(args.depth, args.width, len(CLASSES), vae).to(device)
@@ -199,6 +203,15 @@ def main() -> None:
     layer: Layer = run_layer
     if args.compile:
         layer, token_loss = torch.compile(run_layer, dynamic=False), torch.compile(token_loss, dynamic=False)
+
+    def step(labels: Tensor, tokens: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward: the loss, and the nats of every token `[L]`."""
+        with team.autocast(cache=not args.graph):
+            x, context = forward(model, labels, inputs.float(), attend, layer)
+            loss, by_token = token_loss(x, context["head_modulation"], tokens.long())
+        loss.backward()
+        return loss.detach(), by_token
+
     clock = training.Clock(team, args.minutes, args.steps)
     saved = None if args.rehearse else training.load_checkpoint(args.out / "var.ckpt", device)
     if saved:
@@ -221,11 +234,10 @@ def main() -> None:
         labels = torch.where(dropped, len(CLASSES), labels)
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, args.lr)
-        with team.autocast():
-            x, context = forward(model, labels, inputs.float(), attend, layer)
-            loss, by_token = token_loss(x, context["head_modulation"], tokens.long())
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if marked is None and args.graph:
+            step = training.captured(step, labels, tokens, inputs)
+        optimiser.zero_grad(set_to_none=not args.graph)
+        _, by_token = step(labels, tokens, inputs)
         team.average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 2.0)
         optimiser.step()

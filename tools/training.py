@@ -87,9 +87,11 @@ class Team:
             dist.barrier()
             dist.destroy_process_group()
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 where there is a GPU, plain fp32 elsewhere."""
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else contextlib.nullcontext()
+    def autocast(self, cache: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """bf16 where there is a GPU, plain fp32 elsewhere; without `cache` where a CUDA graph is captured."""
+        if self.device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=cache)
 
 
 class Clock:
@@ -219,6 +221,32 @@ def machine(processes: int = 1) -> str:
     if torch.cuda.is_available():
         return f"{processes} x {torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"CPU, torch {torch.__version__}"
+
+
+def captured(step: Callable[..., Any], *examples: Tensor) -> Callable[..., Any]:
+    """Return `step(*tensors)` as a replayed CUDA graph; inputs keep their shapes, results are the same tensors each time.
+
+    A step that calls `backward` adds to the gradients that are there when it is captured: call it with gradients unset,
+    and afterwards clear them with `zero_grad(set_to_none=False)`.
+    """
+    held = [example.clone() for example in examples]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(*held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(*held)
+
+    def replay(*tensors: Tensor) -> Any:
+        for place, tensor in zip(held, tensors, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return results
+
+    return replay
 
 
 class Seeds:

@@ -121,7 +121,7 @@ def _object(shape: Callable[[Tensor, Tensor, Tensor], Tensor], turn: float) -> C
         hue, other = _hue(u)
         dark = u() < 0.4
         picture = _quiet_ground(u, hue, x, y, torch.where(dark, u(0.36, 0.46), u(0.84, 0.93)))
-        radius = u(0.30, 0.56)
+        radius = u(0.36, 0.58)
         reach = (0.90 - 1.12 * radius).clamp(min=0.0)
         cx, cy, angle = u(-1.0, 1.0) * reach, u(-1.0, 1.0) * reach, u(-turn, turn)
         drop = 0.10 * radius
@@ -158,30 +158,30 @@ def _lamp(u: _Numbers, picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 def _stripes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi))
-    bend = u(0.0, 0.07).view(-1, 1, 1) * torch.sin(py * u(2.0, 5.0).view(-1, 1, 1))
-    alpha = cover(draw.stripe(px + bend, u(0.18, 0.36), u(0.36, 0.60)), size)
+    lean = u.choice((0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4)) + u(-0.06, 0.06)
+    px, _ = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), lean)
+    alpha = cover(draw.stripe(px, u(0.20, 0.38), u(0.40, 0.58)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _checker(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi / 2))
-    alpha = cover(draw.checker(px, py, u(0.14, 0.27)), size)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 4)) + u(-0.06, 0.06))
+    alpha = cover(draw.checker(px, py, u(0.15, 0.26)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _dots(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(0.0, math.pi / 3))
-    alpha = cover(draw.dots(px, py, u(0.24, 0.42), u(0.22, 0.36)), size)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 6)) + u(-0.06, 0.06))
+    alpha = cover(draw.dots(px, py, u(0.26, 0.42), u(0.24, 0.36)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _bricks(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     hue = u()
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.30, 0.30))
-    tall = u(0.17, 0.30).view(-1, 1, 1)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.08, 0.08))
+    tall = u(0.20, 0.30).view(-1, 1, 1)
     wide, gap = tall * u(1.9, 2.5).view(-1, 1, 1), tall * u(0.07, 0.11).view(-1, 1, 1)
     row = torch.floor(py / tall)
     column = px / wide + 0.5 * (row - 2 * torch.floor(row / 2))
@@ -202,9 +202,9 @@ _PAINTERS: dict[str, Callable[[_Numbers, Tensor, Tensor, int], Tensor]] = {
     "glow": _glow,
     "dunes": _dunes,
     "disc": _object(draw.disc, 0.0),
-    "square": _object(draw.square, math.pi / 4),
-    "triangle": _object(draw.triangle, math.pi / 3),
-    "star": _object(draw.star, math.pi / 5),
+    "square": _object(draw.square, 0.30),
+    "triangle": _object(draw.triangle, 0.30),
+    "star": _object(draw.star, 0.30),
     "stripes": _stripes,
     "checker": _checker,
     "dots": _dots,
