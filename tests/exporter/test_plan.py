@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tests.profiles.samples import CHECKPOINT, GRIDS, a_calibration, a_measurement, a_profile, a_shape
 
+from tests.profiles.samples import CHECKPOINT, GRIDS, a_calibration, a_measurement, a_profile, a_shape
 from toprovar.errors import FormatError
 from toprovar.exporter.plan import explain, make_dense_plan, make_plan, role_scores, savings
 from toprovar.profiles.files import canonical_json

@@ -105,7 +105,9 @@ class KeyValueCache:
         capacity = {"g": last.past_global + last.tokens, "d": last.past_detail + last.keep}
         self.keys, self.values = (
             [
-                torch.empty(capacity[role], rows, spec.heads, spec.head_dim, dtype=backbone.dtype, device=backbone.device)
+                torch.empty(
+                    capacity[role], rows, spec.heads, spec.head_dim, dtype=backbone.dtype, device=backbone.device
+                )
                 for role in roles
             ]
             for _ in range(2)
@@ -282,9 +284,7 @@ class FusedStep:
             text = masked_attention(q, text_k, text_v, context["text_bias"])
         else:
             none = text_k[:0]
-            text = entropy_attention(
-                q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none"
-            ).out
+            text = entropy_attention(q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none").out
         stream.branch = F.linear(text.reshape(n, rows, width), layer.ca_proj.weight, layer.ca_proj.bias)
 
         normed = stream.normed(scale2, shift2, dtype)
