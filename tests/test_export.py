@@ -138,7 +138,7 @@ def test_the_tour_makes_every_bundle_and_a_report(
 def test_a_profile_with_changes_says_so() -> None:
     assert named_profile("fast").name == "fast"
     dropped = named_profile("fast", drop_scales=1, precision="fp16")
-    assert (dropped.name, dropped.drop_scales, dropped.precision) == ("fast-drop-1", 1, "fp16")
+    assert (dropped.name, dropped.drop_scales, dropped.drop_rho, dropped.precision) == ("fast-drop-1", 1, None, "fp16")
     assert named_profile("dense", 2).name == "drop-2" and named_profile("dense").tokens.keep == {}
 
 

@@ -88,6 +88,25 @@ def test_scales_that_cannot_be_dropped_are_named(drop, said):
 # --------------------------------------------------------------------------------------------------- layer stage
 
 
+def test_scales_are_dropped_only_for_classes_that_hardly_need_them():
+    plain, texture = [0.0, *[0.5] * 8, 0.3], [0.0, *[0.5] * 8, 0.55]
+    calibration = a_calibration().model_copy(
+        update={
+            "classes": {
+                name: a_measurement(a_shape(), rho, [2.0] * 12)
+                for name, rho in (("plain", plain), ("texture", texture))
+            }
+        }
+    )
+    plan = make_plan(a_profile("drop_scales = 2\ndrop_rho = 0.4"), calibration)
+    assert {name: len(one.scales_run) for name, one in plan.classes.items()} == {"plain": 8, "texture": 10}
+    own = "drop_scales = 2\ndrop_rho = 0.4\n[classes.texture]\ndrop_rho = 0.6"
+    assert len(make_plan(a_profile(own), calibration).classes["texture"].scales_run) == 8
+    everywhere = make_plan(a_profile("drop_scales = 2"), calibration)
+    assert {len(one.scales_run) for one in everywhere.classes.values()} == {8}
+    assert "scales are dropped where the last rho <= 0.4" in text_of(explain(plan, calibration), 200)
+
+
 def test_the_median_beta_makes_the_median_layer_a_half():
     scores = role_scores(a_calibration(), Roles())
     assert scores.scale == 6 and scores.ratio == tuple(2.0 + layer for layer in range(12))

@@ -11,7 +11,8 @@ from toprovar.profiles.profile import SHIPPED, Profile, dense_profile, load_prof
 def test_shipped_profiles_load_under_their_names(name):
     profile = load_profile(name)
     assert profile.name == name and profile.description
-    assert (profile.drop_scales == 0) == (name != "extreme")
+    assert (profile.drop_scales == 0) == (name in ("quality", "balanced"))
+    assert (profile.drop_rho is None) == (name != "fast")
 
 
 def test_a_profile_of_ones_own_is_loaded_by_path(tmp_path):

@@ -77,8 +77,9 @@ def make_plan(profile: Profile, calibration: Calibration, spec: _Spec | None = N
     classes = {}
     for name in calibration.classes:
         options = profile.for_class(name)
-        run = _scales_run(model, options.drop_scales, f"{wish}, class {name}")
         rho = rho_of_class(calibration, name, options.depth, wish)
+        drops = options.drop_rho is None or rho[-1] <= options.drop_rho
+        run = _scales_run(model, options.drop_scales if drops else 0, f"{wish}, class {name}")
         opening = _opening(model, options.depth, rho) if "d" in roles else None
         keep = _keep(model, options.tokens, run, opening, layer_score, f"{wish}, class {name}")
         depth = next((scale for scale in range(run) if keep[scale] < model.tokens[scale]), None)
@@ -339,6 +340,9 @@ def explain(plan: Plan, calibration: Calibration | None = None) -> Group:
                 str(scale), _grid(model, scale), str(tokens), ratio, test, *decided, before, cost, style=style
             )
         parts.append(table)
+        if options.drop_rho is not None and options.drop_scales:
+            found = "" if rho is None else f", here {rho[-1]:.3f}"
+            parts.append(Text(f"  scales are dropped where the last rho <= {options.drop_rho:g}{found}"))
         parts.append(Text(_balance(saving(model, plan.roles, one.keep))))
     return Group(*parts)
 

@@ -111,7 +111,7 @@ def named_profile(name: str, drop_scales: int | None = None, precision: str = "a
     if precision != "auto":
         value["precision"] = precision
     if drop_scales is not None:
-        value |= {"drop_scales": drop_scales, "name": f"{profile.name}-drop-{drop_scales}"}
+        value |= {"drop_scales": drop_scales, "drop_rho": None, "name": f"{profile.name}-drop-{drop_scales}"}
         for options in value["classes"].values():
-            options["drop_scales"] = drop_scales
+            options |= {"drop_scales": drop_scales, "drop_rho": None}
     return Profile.model_validate_json(json.dumps(value))

@@ -185,6 +185,7 @@ class ClassOptions(Strict):
     depth: Depth = Depth()
     tokens: Tokens = Tokens()
     drop_scales: Annotated[int, Field(ge=0)] | tuple[GridName, ...] = 0
+    drop_rho: Fraction | None = None
 
 
 class Profile(Strict):
@@ -203,6 +204,11 @@ class Profile(Strict):
     FastVAR's public Infinity-2B code drops two (48 x 48 and 64 x 64), and the paper's 11-scale table very probably does
     too; 0 is the default, because most of the speed of such a setting is this switch and not the pruning."""
 
+    drop_rho: Fraction | None = None
+    """Scales are dropped only for prompt classes whose rho at the last scale is at most this; None (default): for all.
+    The paper's observation behind tau (Fig. 8: pictures that the last scales hardly change have a rho near 0.4), used
+    as its "scale only" arm does, but per prompt class: plain pictures lose nothing, fine textures keep their detail."""
+
     restore: Literal["cache", "identity"] = "cache"
     """What a pruned token gets from a span of detail layers. The paper does not say. ``cache``: the span's branch
     output at the last dense scale, resized by area (FastVAR's rule, default); ``identity``: nothing."""
@@ -219,7 +225,9 @@ class Profile(Strict):
     def for_class(self, name: str) -> ClassOptions:
         """The options of one prompt class."""
         own = self.classes.get(name)
-        return own or ClassOptions(depth=self.depth, tokens=self.tokens, drop_scales=self.drop_scales)
+        return own or ClassOptions(
+            depth=self.depth, tokens=self.tokens, drop_scales=self.drop_scales, drop_rho=self.drop_rho
+        )
 
     @property
     def sha256(self) -> str:
@@ -241,6 +249,8 @@ def _inherit(table: dict[str, Any]) -> dict[str, Any]:
                 if isinstance(common, dict) and isinstance(own, dict):
                     options[section] = {**common, **own}
             options.setdefault("drop_scales", table.get("drop_scales", 0))
+            if "drop_rho" in table:
+                options.setdefault("drop_rho", table["drop_rho"])
         complete[name] = options
     return {**table, "classes": complete}
 
