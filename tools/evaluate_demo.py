@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.5])
     parser.add_argument("--top-k", type=int, default=600)
     parser.add_argument("--top-p", type=float, nargs="+", default=[0.95])
+    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0], help="one, or one a scale")
     parser.add_argument("--drop", type=int, nargs="*", default=[], help="also judge without this many last scales")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
@@ -71,7 +72,7 @@ def main() -> None:
     results: list[dict[str, object]] = []
     best: tuple[float, Tensor] | None = None
     for guidance, top_p, drop in itertools.product(args.guidance, args.top_p, [0, *args.drop]):
-        sampling = Sampling(guidance=guidance, top_k=args.top_k, top_p=top_p)
+        sampling = Sampling(guidance, tuple(args.temperature), top_k=args.top_k, top_p=top_p)
         model = backbones.load("var", args.var, args.vae, sampling=sampling, device=device)
         began = time.perf_counter()
         pictures = sample(model, labels, args.seed, args.batch, drop)
@@ -85,6 +86,7 @@ def main() -> None:
         distance = frechet_distance(features, real)
         result: dict[str, object] = {
             "guidance": guidance,
+            "temperature": args.temperature,
             "top_k": args.top_k,
             "top_p": top_p,
             "dropped_scales": drop,
