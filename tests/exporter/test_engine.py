@@ -159,7 +159,9 @@ def test_what_is_in_the_cache_is_not_built_again(bundle, tmp_path):
 
 
 def test_a_target_without_a_builder_is_one_line():
-    with pytest.raises(TargetError, match="target 'onnxruntime': no engines are built for it; valid: tensorrt, tensorrt-rtx"):
+    with pytest.raises(
+        TargetError, match="target 'onnxruntime': no engines are built for it; valid: tensorrt, tensorrt-rtx"
+    ):
         open_builder("onnxruntime")
 
 
