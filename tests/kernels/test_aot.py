@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def test_the_largest_attention_fits_its_architecture(arch: int, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "TOPROVAR_ALL" not in os.environ, reason="compiles 396 kernels, over ten minutes: set TOPROVAR_ALL=1"
+)
 @pytest.mark.parametrize("arch", tuning.ARCHS)
 def test_every_kernel_fits_its_architecture(arch: int, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
