@@ -2,7 +2,7 @@
 # make test   lint, types, import rules and tests
 #
 # Everything is set up in .venv. PyTorch is the CPU build: where the package index offers CUDA builds under the same
-# version, name one of CPU builds in PIP_TORCH_ARGS (for example PIP_TORCH_ARGS="--index-url …").
+# version, give pip's options for one of CPU builds in PIP_TORCH_ARGS.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
