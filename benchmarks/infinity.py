@@ -33,6 +33,7 @@ from toprovar.backbones.infinity import Infinity, InfinitySizes
 from toprovar.backbones.infinity_graphs import InfinityGraphs
 from toprovar.backbones.schedules import schedule
 from toprovar.exporter.calibrate import model_shape
+from toprovar.exporter.plan import kept_tokens
 from toprovar.kernels import entropy_attention
 from toprovar.profiles.flops import plan_flops
 from toprovar.profiles.profile import SHIPPED, Profile, load_profile
@@ -76,13 +77,9 @@ def assumed_plan(profile: Profile, backbone: Infinity) -> Pruning:
     every = round(1 / (1 - share)) if share < 1 else spec.depth
     roles = "".join("g" if layer % every == 0 else "d" for layer in range(spec.depth))
     first = next(s for s, n in enumerate(spec.tokens) if n >= profile.depth.min_grid**2)
-    tokens = profile.tokens
-    keep = []
-    for scale, n in enumerate(spec.tokens):
-        phi = (scale + 1) / spec.scales if tokens.scale_weight == "linear" else 1.0
-        pruned = tokens.alpha_min + (tokens.alpha_max - tokens.alpha_min) * phi / 2
-        keep.append(n if scale < first else max(1, round((1 - pruned) * n)))
-    return Pruning(roles, tuple(keep), first - 1, "cache", tuple(range(run)))
+    model = model_shape(backbone, TEXT_TOKENS)
+    keep = kept_tokens(model, profile.tokens, spec.scales, first, 1.0, f"profile {profile.name}")
+    return Pruning(roles, keep, first - 1, "cache", tuple(range(run)))
 
 
 def median_ms(run: Callable[[], Any], repeats: int = 20) -> float:

@@ -294,15 +294,7 @@ class TensorRtRtxBuilder:
             raise TargetError(f"target tensorrt-rtx: cannot parse {graph.name}: {_first(errors + messages.errors)}")
         config = builder.create_builder_config()
         self._configure(config, options)
-        for shapes in profiles:
-            profile = builder.create_optimization_profile()
-            for i in range(network.num_inputs):
-                tensor = network.get_input(i)
-                if -1 in tuple(tensor.shape):
-                    name = tensor.name
-                    profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
-            if config.add_optimization_profile(profile) < 0:
-                raise TargetError(f"target tensorrt-rtx: {graph.name} refuses the shapes {dict(shapes.best)}")
+        add_profiles(builder, network, config, profiles, f"target tensorrt-rtx: {graph.name}")
         data = builder.build_serialized_network(network, config)
         if data is None:
             raise TargetError(f"target tensorrt-rtx: cannot build {graph.name}: {_first(messages.errors)}")
@@ -310,14 +302,7 @@ class TensorRtRtxBuilder:
 
     def _configure(self, config: Any, options: EngineOptions) -> None:
         trt = self._trt
-        if options.tf32:
-            config.set_flag(trt.BuilderFlag.TF32)
-        else:
-            config.clear_flag(trt.BuilderFlag.TF32)
-        if options.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
+        set_options(trt, config, options)
         if options.compute_capabilities:
             known = {_dotted(name): name for name in vars(trt.ComputeCapability) if name.startswith("SM")}
             unknown = [one for one in options.compute_capabilities if one not in known]
@@ -351,6 +336,35 @@ def _messages(trt: Any) -> Any:
                 _log.debug("%s", message)
 
     return Messages()
+
+
+def set_options(trt: Any, config: Any, options: EngineOptions) -> None:
+    """What every TensorRT takes from the options in the same way."""
+    if options.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if options.workspace_bytes is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+
+
+def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[ShapeProfile], what: str) -> None:
+    """One optimisation profile for each of `profiles`; inputs of fixed shape have none.
+
+    Raises:
+        TargetError: the builder refuses the shapes; the message begins with `what`.
+    """
+    for shapes in profiles:
+        profile = builder.create_optimization_profile()
+        for i in range(network.num_inputs):
+            tensor = network.get_input(i)
+            if -1 in tuple(tensor.shape):
+                name = tensor.name
+                profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
+        if config.add_optimization_profile(profile) < 0:
+            raise TargetError(f"{what} refuses the shapes {dict(shapes.best)}")
 
 
 def _first(messages: Sequence[str]) -> str:

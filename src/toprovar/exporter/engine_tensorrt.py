@@ -40,7 +40,9 @@ from .engine import (
     Shapes,
     _first,
     _messages,
+    add_profiles,
     build_engines,
+    set_options,
     shape_profiles,
 )
 from .lower86 import lower
@@ -121,15 +123,7 @@ class TensorRtBuilder:
         self._configure(config, options)
         if self._major == 8:
             _state_types(trt, network)
-        for shapes in profiles:
-            profile = builder.create_optimization_profile()
-            for i in range(network.num_inputs):
-                tensor = network.get_input(i)
-                if -1 in tuple(tensor.shape):
-                    name = tensor.name
-                    profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
-            if config.add_optimization_profile(profile) < 0:
-                raise TargetError(f"target tensorrt: {graph.name} refuses the shapes {dict(shapes.best)}")
+        add_profiles(builder, network, config, profiles, f"target tensorrt: {graph.name}")
         cache = self._read_timing_cache(config)
         data = builder.build_serialized_network(network, config)
         if data is None:
@@ -145,14 +139,7 @@ class TensorRtBuilder:
 
     def _configure(self, config: Any, options: EngineOptions) -> None:
         trt = self._trt
-        if options.tf32:
-            config.set_flag(trt.BuilderFlag.TF32)
-        else:
-            config.clear_flag(trt.BuilderFlag.TF32)
-        if options.workspace_bytes is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_bytes)
-        if options.optimization_level is not None:
-            config.builder_optimization_level = options.optimization_level
+        set_options(trt, config, options)
         if self._major == 8:
             config.set_flag(trt.BuilderFlag.FP16)
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)

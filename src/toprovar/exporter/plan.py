@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RoleScores",
     "explain",
+    "kept_tokens",
     "make_dense_plan",
     "make_plan",
     "rho_of_class",
@@ -81,7 +82,7 @@ def make_plan(profile: Profile, calibration: Calibration, spec: _Spec | None = N
         drops = options.drop_rho is None or rho[-1] <= options.drop_rho
         run = _scales_run(model, options.drop_scales if drops else 0, f"{wish}, class {name}")
         opening = _opening(model, options.depth, rho) if "d" in roles else None
-        keep = _keep(model, options.tokens, run, opening, layer_score, f"{wish}, class {name}")
+        keep = kept_tokens(model, options.tokens, run, opening, layer_score, f"{wish}, class {name}")
         depth = next((scale for scale in range(run) if keep[scale] < model.tokens[scale]), None)
         classes[name] = ClassPlan(
             depth=depth,
@@ -240,10 +241,13 @@ def roles_of(roles: Roles, scores: RoleScores | None, depth: int, wish: str = "p
 # The token stage
 
 
-def _keep(
+def kept_tokens(
     model: ModelShape, tokens: Tokens, run: int, opening: int | None, layer_score: float, wish: str
 ) -> tuple[int, ...]:
-    """K of every scale that is run. `layer_score`: mean R of the detail layers."""
+    """K of every scale that is run: the first `run`, pruned from scale `opening` on (None: dense).
+
+    `layer_score`: mean R of the detail layers. `wish` begins the message of a `FormatError`.
+    """
     names = [f"{h}x{w}" for h, w in model.grids]
     if tokens.keep is not None and (unknown := [name for name in tokens.keep if name not in names]):
         raise FormatError(
