@@ -9,7 +9,20 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-__all__ = ["COLOURS", "COUNTS", "SHAPES", "TEXTURES", "WORDS", "Scene", "caption", "held_out", "parse", "prompt_class"]
+__all__ = [
+    "COLOURS",
+    "COUNTS",
+    "MAX_WORDS",
+    "SHAPES",
+    "TEXTURES",
+    "WORD_IDS",
+    "Scene",
+    "caption",
+    "held_out",
+    "parse",
+    "prompt_class",
+    "split_words",
+]
 
 COUNTS: tuple[str, ...] = ("one", "two", "three", "four")
 COLOURS: tuple[str, ...] = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
@@ -19,22 +32,28 @@ SHAPES: tuple[str, ...] = ("disc", "square", "triangle", "star", "ring", "heart"
 _SYNONYMS: dict[str, str] = {
     "a": "one",
     "an": "one",
+    "the": "one",
     **{str(n + 1): name for n, name in enumerate(COUNTS)},
     **{shape + "s": shape for shape in SHAPES},
     "circle": "disc",
     "circles": "disc",
     "ground": "floor",
     "checked": "checkered",
+    "spotted": "dotted",
 }
-WORDS: tuple[str, ...] = (
-    *COUNTS,
-    *COLOURS,
-    *TEXTURES,
-    *SHAPES,
-    *(shape + "s" for shape in SHAPES),
-    *("on", "a", "an", "floor"),
-)
-"""Every word that a caption uses: the vocabulary of the word encoder."""
+_WORDS: tuple[str, ...] = (*COUNTS, *COLOURS, *TEXTURES, *SHAPES, "on", "floor")
+
+WORD_IDS: dict[str, int] = {word: i for i, word in enumerate(_WORDS, start=1)}
+"""Every word the demo knows -> its number for the word encoder, from 1; 0 is padding. Synonyms share a number."""
+WORD_IDS |= {word: WORD_IDS[meaning] for word, meaning in _SYNONYMS.items()}
+
+MAX_WORDS = 16
+"""Longest prompt of the word encoder; a full caption has at most 9 words."""
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words of a prompt, in lower case, without commas and full stops."""
+    return text.lower().replace(",", " ").replace(".", " ").split()
 
 
 @dataclass(frozen=True)
@@ -80,7 +99,7 @@ def parse(text: str) -> Scene:
     Raises:
         ValueError: the sentence has no "on", or lacks or repeats a word of one kind, or has a word nobody knows.
     """
-    words = [_SYNONYMS.get(word, word) for word in text.lower().replace(",", " ").rstrip(". ").split()]
+    words = [_SYNONYMS.get(word, word) for word in split_words(text)]
     if words.count("on") != 1:
         raise ValueError(f"caption {text!r} must read '<things> on <floor>', with one 'on'")
     split = words.index("on")
