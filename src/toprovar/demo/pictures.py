@@ -43,10 +43,21 @@ class _Numbers:
         return torch.tensor(values, device=self.table.device)[(self() * len(values)).long()]
 
 
+_HUES = (0.075, 0.165, 0.265, 0.400, 0.520, 0.680, 0.800, 0.950)
+"""Red, orange, yellow, green, teal, blue, violet, pink, in turns: few enough for a small model to get them right."""
+
+
 def _hue(u: _Numbers) -> tuple[Tensor, Tensor]:
-    """Return a hue and a companion (analogous, split-complementary or complementary), in turns."""
-    base = u()
-    return base, base + u.choice((0.10, -0.10, 0.36, -0.36, 0.5)) + u(-0.03, 0.03)
+    """Return a hue of the palette and a companion (a neighbour, or one across the circle), in turns."""
+    hues = torch.tensor(_HUES, device=u.table.device)
+    base = (u() * len(_HUES)).long()
+    other = (base + u.choice((1, 3, 4, 5, 7)).long()) % len(_HUES)
+    return hues[base] + u(-0.01, 0.01), hues[other] + u(-0.01, 0.01)
+
+
+def _vivid(hue: Tensor, chroma: Tensor, darker: float = 0.0) -> Tensor:
+    """Return the colour of a hue at the lightness where it is strongest: light for yellow, dark for blue."""
+    return draw.oklch(0.66 + 0.13 * torch.cos(2 * math.pi * (hue - 0.28)) - darker, chroma, hue)
 
 
 def _quiet_ground(u: _Numbers, hue: Tensor, x: Tensor, y: Tensor, light: Tensor) -> Tensor:
@@ -54,7 +65,7 @@ def _quiet_ground(u: _Numbers, hue: Tensor, x: Tensor, y: Tensor, light: Tensor)
     angle = u(0.0, 2 * math.pi)
     slope, _ = draw.place(x, y, torch.zeros_like(angle), torch.zeros_like(angle), angle)
     slope = (0.5 + slope * 0.35).clamp(0, 1)
-    chroma = u(0.03, 0.08)
+    chroma = u(0.04, 0.07)
     near, far = draw.oklch(light, chroma, hue), draw.oklch(light - u(0.07, 0.14), chroma * 1.2, hue + u(-0.04, 0.04))
     return flat(near) + (flat(far) - flat(near)) * slope.unsqueeze(1)
 
@@ -65,9 +76,9 @@ def _gradient(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     slope, _ = draw.place(x, y, torch.zeros_like(angle), torch.zeros_like(angle), angle)
     t = (0.5 + slope * u(0.38, 0.5).view(-1, 1, 1)).clamp(0, 1)
     middle = u(0.35, 0.65).view(-1, 1, 1)
-    top = draw.oklch(u(0.38, 0.55), u(0.08, 0.14), hue)
-    centre = draw.oklch(u(0.66, 0.76), u(0.08, 0.13), hue + (other - hue) * 0.5)
-    bottom = draw.oklch(u(0.86, 0.94), u(0.04, 0.09), other)
+    top = draw.oklch(u(0.40, 0.52), u(0.11, 0.15), hue)
+    centre = draw.oklch(u(0.66, 0.74), u(0.10, 0.14), other)
+    bottom = draw.oklch(u(0.88, 0.94), u(0.05, 0.08), other)
     first, second = (t / middle).clamp(0, 1), ((t - middle) / (1 - middle)).clamp(0, 1)
     first, second = first * first * (3 - 2 * first), second * second * (3 - 2 * second)
     return over(over(flat(top).expand(-1, -1, size, size), flat(centre), first), flat(bottom), second)
@@ -77,21 +88,20 @@ def _horizon(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     hue, other = _hue(u)
     down = draw.place(x, y, torch.zeros_like(hue), u(-0.35, 0.45), u(-0.16, 0.16))[1]
     haze = torch.exp(-down.abs() * u(1.2, 2.6).view(-1, 1, 1))
-    light = u(0.74, 0.84)
-    sky = flat(draw.oklch(light, u(0.05, 0.11), hue)) + haze.unsqueeze(1) * u(0.06, 0.16).view(-1, 1, 1, 1)
-    land = draw.oklch(u(0.30, 0.46), u(0.05, 0.12), other)
+    sky = flat(draw.oklch(u(0.74, 0.82), u(0.08, 0.11), hue)) + haze.unsqueeze(1) * u(0.06, 0.16).view(-1, 1, 1, 1)
+    land = draw.oklch(u(0.34, 0.46), u(0.08, 0.12), other)
     land = flat(land) + haze.unsqueeze(1) * u(0.05, 0.14).view(-1, 1, 1, 1)
     return over(sky, land, cover(-down, size)).clamp(0, 1)
 
 
 def _glow(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     hue, other = _hue(u)
-    ground = _quiet_ground(u, hue, x, y, u(0.26, 0.40))
+    ground = _quiet_ground(u, hue, x, y, u(0.28, 0.36))
     px, py = draw.place(x, y, u(-0.45, 0.45), u(-0.45, 0.45), u(0.0, math.pi))
-    reach, stretch = u(0.22, 0.42).view(-1, 1, 1), u(1.0, 1.35).view(-1, 1, 1)
+    reach, stretch = u(0.28, 0.42).view(-1, 1, 1), u(1.0, 1.3).view(-1, 1, 1)
     distance = torch.sqrt((px / stretch) ** 2 + (py * stretch) ** 2) / reach
     halo, core = torch.exp(-0.5 * distance**2), torch.exp(-2.2 * distance**2)
-    picture = over(ground, flat(draw.oklch(u(0.62, 0.72), u(0.11, 0.17), other)), halo)
+    picture = over(ground, flat(_vivid(other, u(0.14, 0.17))), halo)
     return over(picture, flat(draw.oklch(u(0.90, 0.96), u(0.03, 0.07), other + 0.03)), core)
 
 
@@ -99,7 +109,7 @@ def _dunes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     hue, other = _hue(u)
     light = u(0.84, 0.92)
     picture = flat(draw.oklch(light, u(0.03, 0.06), other)) - (0.07 * (y + 1)).unsqueeze(1).expand(-1, -1, size, size)
-    chroma, turn, drop = u(0.07, 0.13), u(-0.10, 0.10), u(0.105, 0.135)
+    chroma, turn, drop = u(0.10, 0.14), u(-0.08, 0.08), u(0.105, 0.125)
     tilt = u(-0.15, 0.15).view(-1, 1, 1)
     for layer in range(4):
         height = -0.42 + 0.40 * layer + u(-0.06, 0.06)
@@ -120,8 +130,8 @@ def _object(shape: Callable[[Tensor, Tensor, Tensor], Tensor], turn: float) -> C
     def paint(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
         hue, other = _hue(u)
         dark = u() < 0.4
-        picture = _quiet_ground(u, hue, x, y, torch.where(dark, u(0.36, 0.46), u(0.84, 0.93)))
-        radius = u(0.36, 0.58)
+        picture = _quiet_ground(u, hue, x, y, torch.where(dark, u(0.36, 0.42), u(0.90, 0.94)))
+        radius = u(0.42, 0.60)
         reach = (0.90 - 1.12 * radius).clamp(min=0.0)
         cx, cy, angle = u(-1.0, 1.0) * reach, u(-1.0, 1.0) * reach, u(-turn, turn)
         drop = 0.10 * radius
@@ -130,8 +140,7 @@ def _object(shape: Callable[[Tensor, Tensor, Tensor], Tensor], turn: float) -> C
         picture = picture * (1 - 0.42 * shadow.unsqueeze(1))
         px, py = draw.place(x, y, cx, cy, angle)
         distance = shape(px, py, radius)
-        light = torch.where(dark, u(0.72, 0.82), u(0.50, 0.64))
-        body = flat(draw.oklch(light, u(0.12, 0.19), other))
+        body = flat(_vivid(other, u(0.16, 0.19)))
         lit = ((cx.view(-1, 1, 1) - x + cy.view(-1, 1, 1) - y) / radius.view(-1, 1, 1)).clamp(-1.4, 1.4)
         body = body * (1 + 0.13 * lit.unsqueeze(1))
         rim = cover(-(distance + 0.035), size, blur=0.03)  # a lighter edge, so that outlines are worth late scales
@@ -144,8 +153,8 @@ def _object(shape: Callable[[Tensor, Tensor, Tensor], Tensor], turn: float) -> C
 def _two_inks(u: _Numbers) -> tuple[Tensor, Tensor]:
     """Return two colours `[n, 3, 1, 1]` that stand apart in lightness."""
     hue, other = _hue(u)
-    light = draw.oklch(u(0.80, 0.93), u(0.03, 0.10), hue)
-    dark = draw.oklch(u(0.38, 0.58), u(0.09, 0.16), other)
+    light = draw.oklch(u(0.86, 0.93), u(0.05, 0.09), hue)
+    dark = _vivid(other, u(0.13, 0.17), darker=0.10)
     swap = (u() < 0.5).view(-1, 1)
     return flat(torch.where(swap, dark, light)), flat(torch.where(swap, light, dark))
 
@@ -160,29 +169,29 @@ def _stripes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
     lean = u.choice((0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4)) + u(-0.06, 0.06)
     px, _ = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), lean)
-    alpha = cover(draw.stripe(px, u(0.20, 0.38), u(0.40, 0.58)), size)
+    alpha = cover(draw.stripe(px, u(0.24, 0.40), u(0.42, 0.56)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _checker(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
     px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 4)) + u(-0.06, 0.06))
-    alpha = cover(draw.checker(px, py, u(0.15, 0.26)), size)
+    alpha = cover(draw.checker(px, py, u(0.18, 0.28)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _dots(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
     px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 6)) + u(-0.06, 0.06))
-    alpha = cover(draw.dots(px, py, u(0.26, 0.42), u(0.24, 0.36)), size)
+    alpha = cover(draw.dots(px, py, u(0.28, 0.42), u(0.27, 0.35)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _bricks(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
-    hue = u()
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.08, 0.08))
-    tall = u(0.20, 0.30).view(-1, 1, 1)
-    wide, gap = tall * u(1.9, 2.5).view(-1, 1, 1), tall * u(0.07, 0.11).view(-1, 1, 1)
+    hue, _ = _hue(u)
+    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.06, 0.06))
+    tall = u(0.24, 0.32).view(-1, 1, 1)
+    wide, gap = tall * u(2.0, 2.4).view(-1, 1, 1), tall * u(0.08, 0.11).view(-1, 1, 1)
     row = torch.floor(py / tall)
     column = px / wide + 0.5 * (row - 2 * torch.floor(row / 2))
     cell = torch.floor(column)
@@ -190,7 +199,7 @@ def _bricks(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     alpha = cover(torch.maximum(dx, dy), size)
     chance = torch.sin(row * 127.1 + cell * 311.7 + u(0.0, 6.28).view(-1, 1, 1)) * 43.17  # one shade for each brick
     shade = (chance - torch.floor(chance) - 0.5) * 0.16
-    brick = flat(draw.oklch(u(0.50, 0.66), u(0.08, 0.14), hue)) * (1 + shade.unsqueeze(1))
+    brick = flat(_vivid(hue, u(0.12, 0.15), darker=0.05)) * (1 + shade.unsqueeze(1))
     brick = brick * (1 + 0.12 * (-(dy + tall * 0.42) / tall).clamp(-1, 1).unsqueeze(1))
     mortar = flat(draw.oklch(u(0.82, 0.92), u(0.01, 0.04), hue + 0.1))
     return _lamp(u, over(mortar.expand(-1, -1, size, size), brick, alpha), x, y)
@@ -202,9 +211,9 @@ _PAINTERS: dict[str, Callable[[_Numbers, Tensor, Tensor, int], Tensor]] = {
     "glow": _glow,
     "dunes": _dunes,
     "disc": _object(draw.disc, 0.0),
-    "square": _object(draw.square, 0.30),
-    "triangle": _object(draw.triangle, 0.30),
-    "star": _object(draw.star, 0.30),
+    "square": _object(draw.square, 0.25),
+    "triangle": _object(draw.triangle, 0.25),
+    "star": _object(draw.star, 0.25),
     "stripes": _stripes,
     "checker": _checker,
     "dots": _dots,
