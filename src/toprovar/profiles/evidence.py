@@ -155,6 +155,8 @@ class Group(Strict):
     """Of the transformer per picture, as run, mean over pictures."""
     transformer: dict[str, Latency] = Field(default_factory=dict)
     """Runtime (`torch`, `onnxruntime`) -> latency without the decoder; empty where none was measured."""
+    total: dict[str, Latency] = Field(default_factory=dict)
+    """The same from the condition to the picture, decoder included."""
     scales: tuple[ScaleCost, ...] = ()
     """Of the scales run; for prompt classes only."""
 
@@ -256,8 +258,9 @@ class Cost(Strict):
 class Example(Strict):
     """A picture looked at closely; its arrays are keys of the arrays file.
 
-    `<key>.image.<policy>` uint8 [h, w, 3]; `<key>.entropy.<scale>` float16 nats [layers, h, w] of the dense run, conditional
-    row, mean over heads; `<key>.kept.<policy>.<scale>` uint8 0 or 1 [spans, h, w], at pruned scales.
+    `<key>.image.<policy>` uint8 [h, w, 3], or [n]: the bytes of a PNG file, which are far fewer.
+    `<key>.entropy.<scale>` float16 nats [layers, h, w] of the dense run, conditional row, mean over heads.
+    `<key>.kept.<policy>.<scale>` uint8 0 or 1 [spans, h, w], at pruned scales.
     """
 
     key: Name
@@ -284,6 +287,8 @@ class Evidence(Strict):
     split: str
     """Which prompts and seeds were held out from what."""
     policies: tuple[Policy, ...] = Field(min_length=1)
+    reference: Name = "dense"
+    """The policy that quality is measured against."""
     comparisons: tuple[Comparison, ...] = ()
 
     rho: dict[str, tuple[float, ...]] = Field(default_factory=dict)
@@ -315,8 +320,8 @@ class Evidence(Strict):
         names = [policy.name for policy in self.policies]
         if len(set(names)) != len(names):
             raise ValueError(f"policies: found {names}, expected each name once")
-        if "dense" not in names:
-            raise ValueError("policies: found no policy 'dense', expected the reference among them")
+        if self.reference not in names:
+            raise ValueError(f"policies: found no policy {self.reference!r}, expected the reference among them")
         known, scales = {*self.classes, ALL}, len(self.model.grids)
         for policy in self.policies:
             for group, figures in policy.groups.items():
