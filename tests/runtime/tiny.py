@@ -332,7 +332,7 @@ def write_bundle(
             "image_size": [4 * SIDE, 4 * SIDE],
             "parameters": WIDTH * LOGITS,
         },
-        "condition": {"kind": "text", "text_width": 2, "text_maximum_tokens": TEXT_TOKENS, "text_encoder": "none"}
+        "condition": {"kind": "text", "text_width": 2, "text_maximum_tokens": TEXT_TOKENS}
         if text
         else {"kind": "label", "labels": [{"name": n, "prompt_class": c} for n, c in LABELS if c in schedules]},
         "sampling": {"guidance": 0.5, "top_k": 0, "top_p": 0.0, "temperature": 1.0},

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+from toprovar.profiles.tokenizer import split_words
+
 __all__ = [
     "COLOURS",
     "COUNTS",
@@ -21,7 +23,6 @@ __all__ = [
     "held_out",
     "parse",
     "prompt_class",
-    "split_words",
 ]
 
 COUNTS: tuple[str, ...] = ("one", "two", "three", "four")
@@ -49,11 +50,6 @@ WORD_IDS |= {word: WORD_IDS[meaning] for word, meaning in _SYNONYMS.items()}
 
 MAX_WORDS = 16
 """Longest prompt of the word encoder; a full caption has at most 9 words."""
-
-
-def split_words(text: str) -> list[str]:
-    """Return the words of a prompt, in lower case, without commas and full stops."""
-    return text.lower().replace(",", " ").replace(".", " ").split()
 
 
 @dataclass(frozen=True)

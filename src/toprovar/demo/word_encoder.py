@@ -2,8 +2,8 @@
 
     words -> ids -> embedding and position -> two small transformer layers -> features [B, T, C]
 
-Splitting into words and numbering them needs no torch (`captions.split_words`, `captions.WORD_IDS`); `forward` is all
-tensors of standard operators, so that a bundle carries it as ONNX.
+Splitting into words and numbering them needs no torch (`TOKENIZER`); `forward` is all tensors of standard operators, so
+that a bundle carries it as ONNX.
 """
 
 from __future__ import annotations
@@ -16,40 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toprovar.backbones.checkpoint import block_count, load_strict, read_state_dict, shape_of
-from toprovar.backbones.text import TextFeatures, check_prompt
-from toprovar.demo.captions import MAX_WORDS, WORD_IDS, split_words
-from toprovar.errors import CheckpointError, InputError
+from toprovar.backbones.text import TextEncoder
+from toprovar.demo.captions import MAX_WORDS, WORD_IDS
+from toprovar.errors import CheckpointError
+from toprovar.profiles.files import pretty_json
+from toprovar.profiles.tokenizer import WordTokenizer
 
-__all__ = ["WordEncoder", "load_word_encoder", "tokenize"]
+__all__ = ["TOKENIZER", "WordEncoder", "load_word_encoder"]
 
 _HEAD_DIM = 32
 _MASKED = -3.0e4  # finite, so that fp16 holds it
 
 
-def tokenize(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Prompts -> ids `[B, T]` int64, 0 in the padding, and lengths `[B]` int64; T is the longest prompt's words.
-
-    Raises:
-        InputError: no prompt, one that is empty, not UTF-8 or too long, or a word the demo does not know.
-    """
-    if not prompts:
-        raise InputError("no prompt given; at least one is needed")
-    rows: list[list[int]] = []
-    for number, prompt in enumerate(prompts, 1):
-        what = f"prompt {number}" if len(prompts) > 1 else "prompt"
-        words = split_words(check_prompt(prompt, what))
-        if strangers := [word for word in words if word not in WORD_IDS]:
-            raise InputError(
-                f"{what}: the demo does not know {', '.join(map(repr, strangers))}; its words are {', '.join(WORD_IDS)}"
-            )
-        if not 1 <= len(words) <= MAX_WORDS:
-            raise InputError(f"{what}: {len(words)} words; the demo takes 1 to {MAX_WORDS}")
-        rows.append([WORD_IDS[word] for word in words])
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.zeros(len(rows), int(lengths.max()), dtype=torch.int64)
-    for place, row in zip(ids, rows, strict=True):
-        place[: len(row)] = torch.tensor(row)
-    return ids, lengths
+TOKENIZER = WordTokenizer(words=WORD_IDS, maximum_tokens=MAX_WORDS)
 
 
 class _Layer(nn.Module):
@@ -70,7 +49,7 @@ class _Layer(nn.Module):
         return out
 
 
-class WordEncoder(nn.Module):
+class WordEncoder(TextEncoder):
     """Ids of words -> features.
 
     Args:
@@ -78,7 +57,7 @@ class WordEncoder(nn.Module):
         depth: transformer layers.
     """
 
-    tokenize = staticmethod(tokenize)
+    max_tokens = MAX_WORDS
 
     def __init__(self, width: int = 128, depth: int = 2) -> None:
         super().__init__()
@@ -97,11 +76,13 @@ class WordEncoder(nn.Module):
             x = layer(x, bias)
         return torch.where(real[..., None], self.norm(x).float(), 0.0)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> TextFeatures:
-        """Features of the prompts, on the encoder's device. Raises as `tokenize`."""
-        ids, lengths = (t.to(self.position.device) for t in tokenize(prompts))
-        return TextFeatures(self(ids, lengths), lengths)
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids `[B, T]` and lengths `[B]`, int64; raises InputError, see `WordTokenizer`."""
+        ids, lengths = TOKENIZER(prompts)
+        return torch.from_numpy(ids), torch.from_numpy(lengths)
+
+    def tokenizer_json(self) -> str:
+        return pretty_json(TOKENIZER)
 
 
 def load_word_encoder(path: str | Path, *, device: torch.device | str = "cpu") -> WordEncoder:

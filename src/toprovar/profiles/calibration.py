@@ -25,7 +25,16 @@ from toprovar.profiles.files import (
 from toprovar.profiles.flops import ModelShape
 from toprovar.profiles.profile import Name
 
-__all__ = ["SCHEMA", "Calibration", "Measurement", "PerLayer", "PerScale", "load_calibration", "save_calibration"]
+__all__ = [
+    "SCHEMA",
+    "Calibration",
+    "Discriminant",
+    "Measurement",
+    "PerLayer",
+    "PerScale",
+    "load_calibration",
+    "save_calibration",
+]
 
 SCHEMA: Final = "toprovar.calibration/1"
 """Changes with the format, and with any change of what is measured."""
@@ -67,6 +76,14 @@ class Measurement(Strict):
     """The same after the map's mean is taken off."""
 
 
+class Discriminant(Strict):
+    """What tells a prompt of one class from those of the others: `toprovar.profiles.prompts.classify`."""
+
+    weights: tuple[float, ...] = Field(min_length=1)
+    """Of the pooled text features, a number per channel."""
+    bias: float
+
+
 class Calibration(Strict):
     """A measurement of one checkpoint."""
 
@@ -79,11 +96,19 @@ class Calibration(Strict):
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**64)], ...] = Field(min_length=1)
     """Each prompt was generated once with each seed."""
     classes: dict[Name, Measurement] = Field(min_length=1)
+    discriminants: dict[Name, Discriminant] | None = None
+    """Of a text model with several classes: one each."""
     wall_time_s: float = Field(ge=0)
     """Not part of `sha256`: two runs that measure the same are the same calibration."""
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:
+        if self.discriminants is not None and set(self.discriminants) != set(self.classes):
+            raise ValueError(
+                f"discriminants: found {', '.join(self.discriminants)}, expected {', '.join(self.classes)}, the classes"
+            )
+        if self.discriminants and len({len(one.weights) for one in self.discriminants.values()}) > 1:
+            raise ValueError("discriminants: found weights of different lengths, expected one width")
         scales, depth = len(self.model.grids), self.model.depth
         for name, one in self.classes.items():
             expected = len(one.prompts) * len(self.seeds)

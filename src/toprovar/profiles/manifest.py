@@ -8,6 +8,8 @@ A bundle is a folder::
     prefix.onnx step.onnx advance.onnx decoder.onnx (+ *.data for weights above 2 GB)
     constants.safetensors     small tensors of each scale (resampling matrices, positions, guidance, ...)
     golden.safetensors        a golden trace: noise seeds, tokens per scale, codes, image
+    text_encoder.onnx tokenizer.json    of a text model, where it was exported with its encoder
+    prompt_classes.safetensors          of a text model with several prompt classes
     engines/<target>/...      engines, where a target needs them
 
 The runtime loop is dumb on purpose. For every scale it resolves each graph input *by name*:
@@ -26,6 +28,10 @@ What the loop relies on:
 - A graph has one set of inputs: at the `last` step the constants of ``next_x`` lead to the first scale again, and the
   loop throws the result away.
 - `ScaleStep.constants` is for inputs of ``step`` and of ``advance`` alike; their names do not clash.
+
+``text_encoder.onnx`` takes `LoopNames.TOKEN_IDS` and `LoopNames.TEXT_LENGTHS` and gives `LoopNames.TEXT_FEATURES`, zero in
+the padding; ``tokenizer.json`` is what `toprovar.profiles.tokenizer` reads. ``prompt_classes.safetensors`` holds ``weights``
+[classes, text_width] and ``bias`` [classes] in the order of the schedules: see `toprovar.profiles.prompts.classify`.
 
 ``golden.safetensors`` holds for every prompt class ``c``, with B images each: ``c/labels`` [B] int32 (text:
 ``c/text_features`` [B, T, text_width], ``c/text_lengths`` [B] int32), ``c/seeds`` [B] int64, ``c/tokens_{s}`` for every
@@ -60,6 +66,7 @@ __all__ = [
     "Schedule",
     "TargetInfo",
     "TensorInfo",
+    "TextEncoderInfo",
     "sha256_checkpoint",
 ]
 
@@ -88,6 +95,7 @@ class LoopNames(str, Enum):
     """
 
     LABELS = "labels"  # [B] int32 class labels, input of prefix
+    TOKEN_IDS = "token_ids"  # [B, T] int64, input of the text encoder
     TEXT_FEATURES = "text_features"  # [B, T, text_width], input of prefix
     TEXT_LENGTHS = "text_lengths"  # [B] int32, how many of the T features are the prompt's
     X = "x"  # [N, R, C] step input; output of prefix (scale 0) and of advance as `next_x`
@@ -170,14 +178,27 @@ class Label(_Model):
     prompt_class: str
 
 
+class TextEncoderInfo(_Model):
+    """The text encoder in a bundle, which ONNX Runtime runs on any machine."""
+
+    name: str  # for people
+    graph: BundlePath
+    tokenizer: BundlePath
+
+
 class Condition(_Model):
-    """How a picture is asked for: a class label, or text features [B, T, text_width] with lengths."""
+    """How a picture is asked for: a class label, or text features [B, T, text_width] with lengths.
+
+    A bundle of a text model takes prompts where it has a `text_encoder`, and features in any case.
+    """
 
     kind: Literal["label", "text"]
     labels: tuple[Label, ...] = ()
     text_width: int | None = None
     text_maximum_tokens: int | None = None
-    text_encoder: str | None = None
+    text_encoder: TextEncoderInfo | None = None
+    prompt_classes: BundlePath | None = None  # what tells the prompt class of a text; None: there is one class
+    examples: tuple[Label, ...] = ()  # the prompts of the golden trace, in its order
 
 
 class Sampling(_Model):
@@ -246,6 +267,7 @@ def sha256_checkpoint(*parts: Sequence[Path]) -> str:
 
 class Provenance(_Model):
     checkpoint_sha256: Sha256
+    load_options: dict[str, str | int] = Field(default_factory=dict)  # what `backbones.load` took besides the files
     profile: str
     profile_sha256: Sha256
     calibration_sha256: Sha256 | None  # None: a plan that prunes nothing needs none
@@ -274,10 +296,14 @@ class Manifest(_Model):
     def _check(self) -> Manifest:
         named = {graph.file for graph in self.graphs.values()}
         named |= {engine for target in self.targets.values() for engine in target.engines.values()}
+        if self.condition.prompt_classes is not None:
+            named.add(self.condition.prompt_classes)
+        if self.condition.text_encoder is not None:
+            named |= {self.condition.text_encoder.graph, self.condition.text_encoder.tokenizer}
         missing = sorted(named - set(self.files))
         if missing:
             raise ValueError(f"names files that it does not hash: {', '.join(missing)}")
-        for label in self.condition.labels:
+        for label in (*self.condition.labels, *self.condition.examples):
             if label.prompt_class not in self.schedules:
                 raise ValueError(
                     f"label {label.name!r} is of prompt class {label.prompt_class!r}, which has no schedule"

@@ -257,7 +257,7 @@ void readCondition(Object condition, Manifest& manifest) {
     }
     manifest.textWidth = condition.has("text_width") ? condition.integer("text_width", 1) : 0;
     manifest.textTokens = condition.has("text_maximum_tokens") ? condition.integer("text_maximum_tokens", 1) : 0;
-    condition.ignore({"text_encoder"});
+    condition.ignore({"text_encoder", "prompt_classes", "examples"});
     condition.done();
 }
 
@@ -275,7 +275,7 @@ Manifest readManifest(Json const& json) {
     manifest.profile = provenance.string("profile");
     manifest.planSha256 = provenance.string("plan_sha256");
     manifest.checkpointSha256 = provenance.string("checkpoint_sha256");
-    provenance.ignore({"profile_sha256", "calibration_sha256"});
+    provenance.ignore({"profile_sha256", "calibration_sha256", "load_options"});
     provenance.done();
     for (auto const& [name, graph] : object.at("graphs").items()) {
         manifest.graphs[name] = readGraph(graph, "graphs." + name);
