@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from toprovar.errors import CheckpointError
 
-__all__ = ["Classifier", "frechet_distance", "load_classifier"]
+__all__ = ["Classifier", "Residual", "frechet_distance", "halving", "load_classifier", "read_weights"]
 
 _EDGE = 128  # pixels it looks at; pictures are shrunk to it by area
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """Two convolutions with batch norm around a shortcut, `[B, width, h, w]` -> the same."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -31,6 +33,12 @@ class _Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
+
+
+def halving(width_in: int, width: int) -> nn.Sequential:
+    """`[B, width_in, h, w]` -> `[B, width, h/2, w/2]`: convolution, batch norm, ReLU."""
+    conv = nn.Conv2d(width_in, width, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
 
 
 class Classifier(nn.Module):
@@ -44,15 +52,8 @@ class Classifier(nn.Module):
     def __init__(self, heads: Mapping[str, int], widths: tuple[int, int, int, int] = (24, 48, 96, 128)) -> None:
         super().__init__()
         a, b, c, d = widths
-        self.body = nn.Sequential(
-            self._halve(3, a), self._halve(a, b), _Residual(b), self._halve(b, c), _Residual(c), self._halve(c, d)
-        )
+        self.body = nn.Sequential(halving(3, a), halving(a, b), Residual(b), halving(b, c), Residual(c), halving(c, d))
         self.heads = nn.ModuleDict({name: nn.Linear(2 * d, count) for name, count in heads.items()})
-
-    @staticmethod
-    def _halve(width_in: int, width: int) -> nn.Module:
-        conv = nn.Conv2d(width_in, width, 3, stride=2, padding=1, bias=False)
-        return nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
 
     def features(self, pictures: Tensor) -> Tensor:
         """Pooled features `[B, 2 * width]`: mean and maximum of the last maps."""
@@ -73,18 +74,27 @@ class Classifier(nn.Module):
         return {name: torch.cat([part[name].argmax(1) for part in parts]) for name in self.heads}
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a shipped safetensors file, floats in fp32.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        return {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
+    except Exception as error:  # the reader raises its own kinds for a truncated or foreign file
+        raise CheckpointError(f"{path}: no safetensors file ({error}); reinstall toprovar") from error
+
+
 def load_classifier(path: str | Path) -> Classifier:
     """Load shipped weights; sizes are read from the tensors.
 
     Raises:
         CheckpointError: the file is missing, damaged, or not one of these classifiers.
     """
-    from safetensors.torch import load_file
-
-    try:
-        state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
-    except Exception as error:  # the reader raises its own kinds for a truncated or foreign file
-        raise CheckpointError(f"classifier {path}: no safetensors file ({error}); reinstall toprovar") from error
+    state = read_weights(path)
     heads = {k.split(".")[1]: v.shape[0] for k, v in state.items() if k.startswith("heads.") and k.endswith("weight")}
     try:
         a, b, c, d = (int(state[f"body.{i}.0.weight"].shape[0]) for i in (0, 1, 3, 5))

@@ -1,0 +1,106 @@
+"""Train the net behind the perceptual distance: `python tools/train_perceptual.py --minutes 0.5 --out DIR`.
+
+Half of every batch shows the twelve classes, half captioned scenes; the net names what it sees. It also tells how much
+a picture was blurred and noised, so that its features keep what a plain classifier learns to overlook.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import training
+from torch import Tensor, nn
+from train_classifier import SCENE_HEADS, draw_batch
+
+from toprovar.demo.perceptual import PerceptualNet
+from toprovar.demo.pictures import CLASSES, HELD_OUT
+
+_HEADS = {"label": len(CLASSES), **SCENE_HEADS, "blur": 4, "noise": 4}
+_LEVELS = 4  # of blur and of noise, the first one none
+FIRST_SEED = 1 << 32  # other pictures than the judges saw
+
+
+def spoil(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    """Blur and noise each picture by a random level of four; return the levels, `[n]` each."""
+    n, device = len(pictures), pictures.device
+    blur, noise = torch.randint(_LEVELS, (2, n), generator=generator, device=device)
+    out = pictures
+    for level in range(1, _LEVELS):
+        small = F.avg_pool2d(pictures, 2**level)
+        soft = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
+        out = torch.where((blur == level).view(-1, 1, 1, 1), soft, out)
+    grain = torch.randn(out.shape, generator=generator, device=device)
+    out = out + 0.015 * noise.view(-1, 1, 1, 1) * grain
+    return out.clamp(0, 1), {"blur": blur, "noise": noise}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
+    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--judged", type=int, default=960, help="held-out pictures")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    team = training.Team()
+    device = team.device
+    net = PerceptualNet().to(device)
+    heads = nn.ModuleDict({name: nn.Linear(net.widths[-1], count) for name, count in _HEADS.items()}).to(device)
+    optimiser = training.adamw([*net.parameters(), *heads.parameters()], device, 0.02, (0.9, 0.99))
+    generator = torch.Generator(device=device).manual_seed(1)
+    seeds, clock, began = training.Seeds(team, FIRST_SEED), training.Clock(team, args.minutes, args.steps), time.time()
+
+    def answer(first: np.ndarray, second: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and whether each head was right of the pictures of these two runs of seeds."""
+        (one, labels), (two, fields) = draw_batch(first, False, device), draw_batch(second, True, device)
+        pictures, levels = spoil(torch.cat((one, two)), generator)
+        with team.autocast():
+            features = net.maps(pictures)[-1].mean((2, 3))
+        halves = {**dict.fromkeys(labels, features[: len(one)]), **dict.fromkeys(fields, features[len(one) :])}
+        right, losses = {}, []
+        for name, truth in (labels | fields | levels).items():
+            logits = heads[name](halves.get(name, features).float())
+            losses.append(F.cross_entropy(logits, truth))
+            right[name] = (logits.argmax(1) == truth).float()
+        return torch.stack(losses).sum(), right
+
+    going = True
+    while going:
+        for group in optimiser.param_groups:
+            group["lr"] = training.cosine(clock.share, 3e-3)
+        loss, _ = answer(seeds.take(args.batch // 2), seeds.take(args.batch // 2))
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        going = clock.tick()
+        if clock.step % 50 == 0:
+            team.say(f"perceptual step {clock.step} share {clock.share:.2f} loss {float(loss.detach()):.3f}")
+    minutes = (time.time() - began) / 60
+    net.eval()
+    hits: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for start in range(0, args.judged, 120):
+            held_out = HELD_OUT + start + np.arange(60)
+            for name, right in answer(held_out, held_out)[1].items():
+                hits.setdefault(name, []).append(right)
+    facts = {
+        "steps": clock.step,
+        "batch": args.batch,
+        "minutes": round(minutes, 2),
+        "loss": round(float(loss.detach()), 3),
+        "held_out_accuracy": {name: round(float(torch.cat(parts).mean()), 4) for name, parts in hits.items()},
+        "machine": training.machine(),
+        "size_bytes": training.save_weights(args.out / "perceptual.safetensors", net.state_dict(), {"format": "pt"}),
+    }
+    training.save_json(args.out / "perceptual.json", facts)
+    team.say("perceptual done", facts)
+
+
+if __name__ == "__main__":
+    main()
