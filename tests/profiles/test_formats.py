@@ -49,7 +49,7 @@ def test_a_plan_comes_back_as_it_was(tmp_path, plan):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"extra": 1}, "extra: unknown key; valid keys: checkpoint_sha256, classes, model, "),
+        ({"extra": 1}, "extra: unknown key; valid keys: checkpoint_sha256, classes, discriminants, "),
         ({"checkpoint_sha256": "abc"}, 'checkpoint_sha256: found "abc", expected match pattern'),
         ({"seeds": []}, "seeds: found []"),
         ({"classes__plain__images": 3}, "classes.plain.images: found 3, expected 2, prompts times seeds"),
