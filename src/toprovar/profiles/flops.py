@@ -16,7 +16,18 @@ from pydantic import Field, model_validator
 from toprovar.errors import InputError
 from toprovar.profiles.files import Strict
 
-__all__ = ["Flops", "ModelShape", "PlanFlops", "Saving", "dense_flops", "plan_flops", "saving"]
+__all__ = [
+    "Flops",
+    "ModelShape",
+    "PlanFlops",
+    "Saving",
+    "conditioning_flops",
+    "dense_flops",
+    "head_flops",
+    "layer_flops",
+    "plan_flops",
+    "saving",
+]
 
 
 class ModelShape(Strict):
@@ -108,7 +119,7 @@ class Saving:
     plan: int
 
 
-def _layer(model: ModelShape, tokens: int, keys: int) -> Flops:
+def layer_flops(model: ModelShape, tokens: int, keys: int) -> Flops:
     """One row through one layer: `tokens` queries on `keys` keys."""
     width = model.width
     per_token = 8 * width * width + 4 * width * model.ffn_width  # q, k, v, projection; two matrices of the FFN
@@ -125,7 +136,12 @@ def _scaled(flops: Flops, by: int) -> Flops:
     return Flops(flops.linear * by, flops.self_attention * by, flops.cross_attention * by, flops.head * by)
 
 
-def _conditioning(model: ModelShape) -> int:
+def head_flops(model: ModelShape, tokens: int) -> Flops:
+    """One row: word embedding and logits of `tokens` tokens."""
+    return Flops(head=tokens * 2 * model.width * (model.logits + model.code_channels))
+
+
+def conditioning_flops(model: ModelShape) -> int:
     """One row: AdaLN of all layers and of the head, and K and V of the cross-attention."""
     width = model.width
     adaln = 12 * width * width * (1 if model.shared_conditioning else model.depth) + 4 * width * width
@@ -151,12 +167,12 @@ def plan_flops(model: ModelShape, roles: str, keep: Sequence[int], rows: int = 2
     past_global = past_detail = 0
     scales = []
     for tokens, kept in zip(model.tokens, keep, strict=False):
-        flops = _scaled(_layer(model, tokens, past_global + tokens), model.depth - detail_layers)
-        flops += _scaled(_layer(model, kept, past_detail + kept), detail_layers)
-        flops += Flops(head=tokens * 2 * model.width * (model.logits + model.code_channels))
+        flops = _scaled(layer_flops(model, tokens, past_global + tokens), model.depth - detail_layers)
+        flops += _scaled(layer_flops(model, kept, past_detail + kept), detail_layers)
+        flops += head_flops(model, tokens)
         scales.append(_scaled(flops, rows))
         past_global, past_detail = past_global + tokens, past_detail + kept
-    return PlanFlops(tuple(scales), rows * _conditioning(model))
+    return PlanFlops(tuple(scales), rows * conditioning_flops(model))
 
 
 def dense_flops(model: ModelShape, rows: int = 2) -> PlanFlops:
