@@ -72,7 +72,7 @@ def random_scenes(seeds: Sequence[int] | np.ndarray) -> np.ndarray:
 def _inks(index: Tensor, jitter: Tensor, contrast: float, soften: float) -> tuple[Tensor, Tensor]:
     """Return a named colour and the tint its texture is drawn in, each `[n, 3]`."""
     table = torch.tensor([_OKLCH[name] for name in COLOURS], device=index.device)[index]
-    light = table[:, 0] + mix(-0.025, 0.025, jitter[:, 0])
+    light = table[:, 0] + mix(-0.015, 0.015, jitter[:, 0])
     chroma = table[:, 1] * soften
     hue = table[:, 2] + mix(-0.010, 0.010, jitter[:, 1])
     step = torch.where(light > 0.70, -contrast, contrast)
@@ -116,44 +116,53 @@ def render_scenes(
     return out
 
 
+_FIRST_ANGLE = (0.0, 0.0, -math.pi / 2, math.pi / 4)  # of the things around their middle, by count: side by side,
+_ORBIT = (0.0, 0.46, 0.52, 0.64)  # a triangle, a square
+_RADIUS = ((0.44, 0.56), (0.33, 0.37), (0.31, 0.34), (0.30, 0.33))
+
+
 def _paint(
     shape: Callable[[Tensor, Tensor, Tensor], Tensor], row: Tensor, u: Tensor, x: Tensor, y: Tensor, size: int
 ) -> Tensor:
+    """Draw one shape's pictures. Layouts vary little: what a caption leaves open is what a small model gets wrong."""
+
+    def by_count(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=u.device)[count]
+
     zero = torch.zeros(len(row), device=u.device)
     count = row[:, 0]
-    # The floor: one colour with its texture in a near tint, and a slope of light.
-    px, py = draw.place(x, y, mix(-0.2, 0.2, u[:, 0]), mix(-0.2, 0.2, u[:, 1]), mix(-0.5, 0.5, u[:, 2]))
-    ground, tint = _inks(row[:, 4], u[:, 3:5], 0.13, 0.80)
+    # The floor: one colour with its texture in a near tint, lit from the upper left.
+    px, py = draw.place(x, y, mix(-0.05, 0.05, u[:, 0]), mix(-0.05, 0.05, u[:, 1]), mix(-0.06, 0.06, u[:, 2]) + 0.3)
+    ground, tint = _inks(row[:, 4], u[:, 3:5], 0.13, 0.85)
     picture = over(
-        flat(ground).expand(-1, -1, size, size), flat(tint), _pattern(row[:, 5], px, py, mix(0.30, 0.44, u[:, 5]), size)
+        flat(ground).expand(-1, -1, size, size), flat(tint), _pattern(row[:, 5], px, py, mix(0.38, 0.42, u[:, 5]), size)
     )
-    slope, _ = draw.place(x, y, zero, zero, 2 * math.pi * u[:, 6])
-    picture = picture * (1.0 + 0.07 * slope.unsqueeze(1))
+    slope, _ = draw.place(x, y, zero, zero, math.pi / 4 + mix(-0.4, 0.4, u[:, 6]))
+    picture = picture * (1.0 - 0.06 * slope.unsqueeze(1))
     # The things: one in the middle, or two to four on a circle that is turned and nudged.
-    orbit = torch.tensor([0.0, 0.46, 0.50, 0.58], device=u.device)[count]
-    low = torch.tensor([0.36, 0.28, 0.25, 0.23], device=u.device)[count]
-    high = torch.tensor([0.54, 0.36, 0.32, 0.29], device=u.device)[count]
+    orbit, low, high = by_count(_ORBIT), by_count([r[0] for r in _RADIUS]), by_count([r[1] for r in _RADIUS])
     radius = low + (high - low) * u[:, 7]
-    free = (0.94 - orbit - 1.15 * radius).clamp(min=0.0)
+    free = (0.96 - orbit - 1.15 * radius).clamp(0.02, 0.22)
     cx, cy = mix(-1.0, 1.0, u[:, 8]) * free, mix(-1.0, 1.0, u[:, 9]) * free
-    turn, lean = 2 * math.pi * u[:, 10], mix(-0.35, 0.35, u[:, 11])
+    turn, lean = by_count(_FIRST_ANGLE) + mix(-0.2, 0.2, u[:, 10]), mix(-0.2, 0.2, u[:, 11])
     colour, stroke = _inks(row[:, 1], u[:, 12:14], 0.26, 1.0)
-    qx, qy = draw.place(x, y, cx, cy, mix(0.2, 1.3, u[:, 14]))
-    pattern = _pattern(row[:, 2], qx, qy, radius * torch.where(count == 0, 0.46, 0.72), size)
-    body = over(flat(colour).expand(-1, -1, size, size), flat(stroke), pattern)
-    nearest, shadow = None, None
+    period = radius * torch.where(count == 0, 0.60, 0.88)
+    nearest = shadow = torch.full((len(row), size, size), 9.0, device=u.device)
+    along, across = nearest, nearest  # coordinates of the nearest thing's texture
     for k in range(int(count.max()) + 1):
         there = (count >= k).view(-1, 1, 1)
         angle = turn + 2 * math.pi * k / (count + 1)
-        ox = cx + orbit * torch.cos(angle) + 0.03 * mix(-1.0, 1.0, u[:, 16 + 3 * k])
-        oy = cy + orbit * torch.sin(angle) + 0.03 * mix(-1.0, 1.0, u[:, 17 + 3 * k])
-        tilt = lean + mix(-0.2, 0.2, u[:, 18 + 3 * k])
-        distance = shape(*draw.place(x, y, ox, oy, tilt), radius)
+        ox = cx + orbit * torch.cos(angle) + 0.02 * mix(-1.0, 1.0, u[:, 16 + 3 * k])
+        oy = cy + orbit * torch.sin(angle) + 0.02 * mix(-1.0, 1.0, u[:, 17 + 3 * k])
+        tilt = lean + mix(-0.06, 0.06, u[:, 18 + 3 * k])
+        distance = torch.where(there, shape(*draw.place(x, y, ox, oy, tilt), radius), 9.0)
         below = shape(*draw.place(x, y, ox + 0.10 * radius, oy + 0.15 * radius, tilt), radius)
-        distance, below = torch.where(there, distance, 9.0), torch.where(there, below, 9.0)
-        nearest = distance if nearest is None else torch.minimum(nearest, distance)
-        shadow = below if shadow is None else torch.minimum(shadow, below)
-    assert nearest is not None and shadow is not None
+        qx, qy = draw.place(x, y, ox, oy, tilt + 0.6)
+        closer = distance < nearest
+        along, across = torch.where(closer, qx, along), torch.where(closer, qy, across)
+        nearest = torch.minimum(nearest, distance)
+        shadow = torch.minimum(shadow, torch.where(there, below, 9.0))
+    body = over(flat(colour).expand(-1, -1, size, size), flat(stroke), _pattern(row[:, 2], along, across, period, size))
     picture = picture * (1 - 0.42 * cover(shadow, size, blur=0.16).unsqueeze(1))
     edge = cover(-(nearest + 0.028), size, blur=0.02)
     return over(picture, over(body, body * 0.6, edge), cover(nearest, size)).clamp(0, 1)
