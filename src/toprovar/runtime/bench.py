@@ -107,14 +107,14 @@ def _run_once(session: Session, prompt_class: str, seed: int) -> Timing:
     """One full batch of a prompt class."""
     images = session.batch_size
     seeds = [seed * images + image for image in range(images)]
-    condition = session.bundle.manifest.condition
-    if condition.kind == "label":
+    if not session.takes_text:
         labels = session.labels_of(prompt_class)
         result = session.generate([labels[s % len(labels)] for s in seeds], seeds)
     else:
-        length = condition.text_maximum_tokens or 1
-        features = np.random.default_rng(seed).standard_normal((images, length, condition.text_width or 1))
-        text = TextFeatures(features.astype(np.float32), np.full(images, length), (prompt_class,) * images)
+        _, examples = session.examples()  # the golden trace has been replayed, so every class has some
+        of_class = [i for i, name in enumerate(examples.prompt_classes) if name == prompt_class]
+        chosen = [of_class[s % len(of_class)] for s in seeds]
+        text = TextFeatures(examples.features[chosen], examples.lengths[chosen], (prompt_class,) * images)
         result = session.generate(seeds=seeds, text=text)
     return result.timings[0]
 

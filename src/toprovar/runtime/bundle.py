@@ -83,6 +83,21 @@ class Bundle:
         """
         return self._tensors(GOLDEN)
 
+    @cached_property
+    def prompt_classes(self) -> dict[str, npt.NDArray[Any]]:
+        """What tells the prompt class of a text: ``weights`` and ``bias`` (see `toprovar.profiles.manifest`).
+
+        Raises:
+            BundleError: the bundle carries none.
+        """
+        name = self.manifest.condition.prompt_classes
+        tensors = {} if name is None else self._tensors(name)
+        if not {"weights", "bias"} <= set(tensors):
+            raise BundleError(
+                f"{self.root}: has several prompt classes and nothing that tells them apart; name one (--class)"
+            )
+        return tensors
+
     @property
     def size_bytes(self) -> int:
         return sum(info.size_bytes for info in self.manifest.files.values())

@@ -14,7 +14,7 @@ import numpy as np
 from toprovar.errors import InputError
 from toprovar.runtime.bench import describe_bundle, machine_lines
 from toprovar.runtime.machine import describe_machine
-from toprovar.runtime.session import Result, Session
+from toprovar.runtime.session import Result, Session, TextFeatures
 from toprovar.runtime.target import Array
 
 __all__ = ["SCHEMA", "compare", "compare_results", "markdown", "psnr_db", "ssim"]
@@ -29,16 +29,21 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 def compare(
     reference: Session,
     other: Session,
-    labels: Sequence[int | str],
+    labels: Sequence[int | str] | None,
     seeds: Sequence[int],
     on_scale: Callable[[int, int], None] | None = None,
+    *,
+    text: TextFeatures | None = None,
+    captions: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Make the same pictures twice and compare them.
 
     Args:
         reference: what `other` is measured against.
-        labels: one per picture, known to both.
+        labels: one per picture, known to both; None where the bundles take text.
         seeds: one per picture.
+        text: one per picture; None where the bundles take labels.
+        captions: what was asked for, one per picture; names of the labels where they are left out.
         on_scale: called with (scales done, scales in all), for each of the two anew.
 
     Returns: the document that is written as JSON and shown by `markdown`.
@@ -46,15 +51,19 @@ def compare(
     Raises:
         InputError: the two make pictures of different sizes, or do not know a label.
     """
-    first = reference.generate(labels, seeds, on_scale=on_scale)
-    second = other.generate(labels, seeds, on_scale=on_scale)
-    names = [reference.labels[reference.label(label)] for label in labels]
+    first = reference.generate(labels, seeds, text=text, on_scale=on_scale)
+    second = other.generate(labels, seeds, text=text, on_scale=on_scale)
+    if captions is None:
+        if labels is None:
+            captions = first.prompt_classes
+        else:
+            captions = [reference.labels[reference.label(label)] for label in labels]
     return {
         "schema": SCHEMA,
         "machine": describe_machine(),
         "reference": describe_bundle(reference),
         "bundle": describe_bundle(other),
-        **compare_results(first, second, names, seeds),
+        **compare_results(first, second, captions, seeds),
     }
 
 

@@ -24,7 +24,10 @@ def describe(bundle: Bundle) -> Group:
     manifest = bundle.manifest
     model, condition = manifest.model, manifest.condition
     classes = Counter(label.prompt_class for label in condition.labels)
-    labels = ", ".join(f"{name} ({count})" for name, count in classes.items()) or "text"
+    labels = ", ".join(f"{name} ({count})" for name, count in classes.items())
+    if condition.kind == "text":
+        encoder = condition.text_encoder.name if condition.text_encoder else "not in the bundle, give features"
+        labels = f"text of at most {condition.text_maximum_tokens} tokens, encoder: {encoder}"
     detail = model.roles.count("d")
     provenance = manifest.provenance
     calibration = provenance.calibration_sha256[:12] if provenance.calibration_sha256 else "none needed"
@@ -34,7 +37,7 @@ def describe(bundle: Bundle) -> Group:
         f" {model.depth} layers of width {model.width} ({model.heads} heads of {model.head_dim})",
         "picture": f"{_times(model.image_size)} pixels, codes {_times(model.code_shape)}",
         "roles": f"{model.roles}   {model.depth - detail} global (dense), {detail} detail (pruned)",
-        "labels": labels,
+        "asked for by": labels if condition.kind == "text" else f"label: {labels}",
         "sampling": ", ".join(f"{key} {value}" for key, value in manifest.sampling),
         "profile": f"{provenance.profile} ({provenance.profile_sha256[:12]})",
         "made from": f"checkpoint {provenance.checkpoint_sha256[:12]}, calibration {calibration},"

@@ -9,22 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from toprovar.errors import InputError
+from toprovar.errors import BundleError, InputError
 from toprovar.profiles.manifest import LoopNames as Names
 from toprovar.runtime.bundle import Bundle, open_bundle
 from toprovar.runtime.loop import Loop, Timing
 from toprovar.runtime.target import Array, open_target
+from toprovar.runtime.text import PromptEncoder, TextFeatures, prompt_classes
 
 __all__ = ["Result", "Session", "TextFeatures"]
-
-
-@dataclass(frozen=True)
-class TextFeatures:
-    """Encoded prompts: features `[I, T, text_width]`, lengths `[I]`, and the prompt class of each."""
-
-    features: Array
-    lengths: Array
-    prompt_classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,7 @@ class Session:
         self.target_name = target
         self.batch_size = batch_size
         self._loops: dict[int, Loop] = {}
+        self._encoder: PromptEncoder | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -80,6 +73,63 @@ class Session:
         """The labels of one prompt class."""
         labels = self.bundle.manifest.condition.labels
         return tuple(index for index, label in enumerate(labels) if label.prompt_class == prompt_class)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether pictures are asked for by text, and not by label."""
+        return self.bundle.manifest.condition.kind == "text"
+
+    def encode(self, prompts: Sequence[str], prompt_class: str | None = None) -> TextFeatures:
+        """Prompts as the bundle takes them; `prompt_class` in place of the one that each prompt is found to be of.
+
+        Raises:
+            InputError: the bundle takes labels or has no encoder, a prompt that it cannot take, or an unknown class.
+            TargetError, BundleError: the encoder cannot be loaded.
+        """
+        if self._encoder is None:
+            self._encoder = PromptEncoder(self.bundle)
+        return self.text(*self._encoder(prompts), prompt_class)
+
+    def text(self, features: Array, lengths: Array, prompt_class: str | None = None) -> TextFeatures:
+        """Features `[I, T, text_width]` and lengths `[I]` with the prompt class of each.
+
+        Raises:
+            InputError: the bundle takes labels, or features of another width or shorter; or an unknown class.
+            BundleError: nothing tells its prompt classes apart.
+        """
+        condition = self.bundle.manifest.condition
+        width, most = condition.text_width or 0, condition.text_maximum_tokens or 0
+        if not self.takes_text:
+            raise InputError(f"{self.bundle.root}: pictures are asked for by label, not by text")
+        if features.shape[2] != width or int(lengths.max()) > most:
+            raise InputError(
+                f"{self.bundle.root}: text features of width {features.shape[2]} and up to {int(lengths.max())} tokens; "
+                f"the bundle takes width {width} and at most {most} tokens"
+            )
+        return TextFeatures(
+            features[:, :most], lengths, prompt_classes(self.bundle, features, lengths, given=prompt_class)
+        )
+
+    def examples(self) -> tuple[tuple[str, ...], TextFeatures]:
+        """The texts of the golden trace and their features.
+
+        Raises:
+            BundleError: the bundle has no golden trace.
+        """
+        golden, names, parts = self.bundle.golden, [], []
+        for prompt_class in self.prompt_classes:
+            if f"{prompt_class}/{Names.TEXT_FEATURES.value}" in golden:
+                features = golden[f"{prompt_class}/{Names.TEXT_FEATURES.value}"]
+                lengths = golden[f"{prompt_class}/{Names.TEXT_LENGTHS.value}"]
+                names += [prompt_class] * len(lengths)
+                parts.append((features, lengths))
+        if not parts:
+            raise BundleError(f"{self.bundle.root}: its golden trace holds no text; give prompts or features")
+        longest = max(features.shape[1] for features, _ in parts)
+        padded = [np.pad(features, ((0, 0), (0, longest - features.shape[1]), (0, 0))) for features, _ in parts]
+        text = TextFeatures(np.concatenate(padded), np.concatenate([n for _, n in parts]), tuple(names))
+        examples = tuple(label.name for label in self.bundle.manifest.condition.examples)
+        return examples if len(examples) == len(names) else tuple(names), text
 
     def generate(
         self,
@@ -156,7 +206,7 @@ class Session:
             classes = tuple(condition.labels[number].prompt_class for number in numbers)
             return {Names.LABELS: np.asarray(numbers, np.int32)}, classes
         if text is None or labels is not None:
-            raise InputError(f"{root}: pictures are asked for by text; give text features, not labels")
+            raise InputError(f"{root}: pictures are asked for by text; give prompts or text features, not labels")
         unknown = sorted(set(text.prompt_classes) - set(self.prompt_classes))
         if unknown:
             raise InputError(f"{root}: no prompt class {unknown[0]!r}; valid: {', '.join(self.prompt_classes)}")
