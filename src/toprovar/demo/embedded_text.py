@@ -13,9 +13,10 @@ from toprovar.exporter.source import SamplingWish
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from toprovar.backbones.bsq_vae import BsqVae
     from toprovar.backbones.infinity import Infinity
 
-__all__ = ["TextDemo", "embedded_text_demo", "new_infinity", "original_state", "write_random_text_demo"]
+__all__ = ["TextDemo", "embedded_text_demo", "new_infinity", "new_vae", "original_state", "write_random_text_demo"]
 
 RESOLUTION = "0.25M"
 """Infinity's own schedule, 2521 tokens; with a VAE of stride 8 that is 256 x 256 pixels."""
@@ -65,15 +66,21 @@ def embedded_text_demo() -> TextDemo:
     return demo
 
 
-def new_infinity() -> Infinity:
-    """An Infinity of the demo's sizes with PyTorch's initial weights; `tools/train_infinity.py` sets its own."""
+def new_vae() -> BsqVae:
+    """A VAE of the demo's sizes, without encoder, with PyTorch's initial weights."""
     from toprovar.backbones.bsq_vae import BsqVae, VaeSpec
+
+    base = VAE_WIDTHS[0]
+    return BsqVae(VaeSpec(BITS, base, tuple(width // base for width in VAE_WIDTHS), stride=8, res_blocks=0))
+
+
+def new_infinity(vae: BsqVae | None = None) -> Infinity:
+    """An Infinity of the demo's sizes with its own initial weights, around `vae` or a new one."""
     from toprovar.backbones.infinity import Infinity, InfinitySizes
     from toprovar.backbones.schedules import schedule
     from toprovar.demo.captions import MAX_WORDS
 
-    base = VAE_WIDTHS[0]
-    vae = BsqVae(VaeSpec(BITS, base, tuple(width // base for width in VAE_WIDTHS), stride=8, res_blocks=0))
+    vae = new_vae() if vae is None else vae
     sizes = InfinitySizes(
         depth=DEPTH,
         width=WIDTH,
