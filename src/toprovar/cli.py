@@ -281,7 +281,10 @@ def verify(
     target: TargetOption = "onnxruntime",
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of a pixel in [0, 1].")] = 1e-3,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference of a pixel in [0, 1]. Default: 0.001; in half precision 2/255."),
+    ] = None,
     checkpoint: CheckpointOption = None,
     vae: VaeOption = None,
 ) -> None:

@@ -82,6 +82,19 @@ def test_pictures_from_text(tmp_path: Path) -> None:
         session.generate(seeds=[1], text=TextFeatures(np.zeros((1, 5, 2)), np.array([5]), ("plain",)))
 
 
+def test_a_picture_that_follows_the_tokens_of_another(session: Session) -> None:
+    """Each scale is shown the tokens given, and still says which it would have chosen."""
+    other = session.generate(["disc"], [3])
+    given = {scale: tokens[None] for scale, tokens in other.tokens[0].items()}
+    followed = session.generate(["disc"], [4], follow=given)
+    np.testing.assert_array_equal(followed.images, other.images)
+    np.testing.assert_array_equal(followed.codes, other.codes)
+    own = session.generate(["disc"], [4])
+    first = min(given)
+    np.testing.assert_array_equal(followed.tokens[0][first], own.tokens[0][first])
+    assert any((own.tokens[0][scale] != tokens[0]).any() for scale, tokens in given.items())
+
+
 def test_labels_by_name_and_by_number(session: Session) -> None:
     by_name = session.generate(["square"], [3])
     np.testing.assert_array_equal(by_name.images, session.generate([1], [3]).images)

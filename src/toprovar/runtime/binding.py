@@ -28,12 +28,13 @@ SCRATCH = "scratch"  # takes span deltas that no cache takes
 
 @dataclass(frozen=True)
 class Turn:
-    """One scale, bound. `noise` is None where the graphs take none (greedy)."""
+    """One scale, bound. `noise` is None where the graphs take none (greedy); `logits` is what `advance` reads."""
 
     scale: int
     noise: Buffer | None
     step: Run
     advance: Run
+    logits: Buffer
     tokens: Buffer
 
 
@@ -187,7 +188,8 @@ class Binding:
         tokens = self._tokens(step)
         noise = buffers.get(Names.NOISE)
         noise = noise and noise.view((step.tokens, self.batch, model.logits))
-        inputs = {**constants, Names.LOGITS: outputs[Names.LOGITS], Names.CODES: self.codes(index)}
+        logits = outputs[Names.LOGITS]
+        inputs = {**constants, Names.LOGITS: logits, Names.CODES: self.codes(index)}
         if noise:
             inputs[Names.NOISE] = noise
         outputs = {
@@ -195,7 +197,7 @@ class Binding:
             Names.CODES_OUT: self.codes(index + 1),
             Names.NEXT_X: self._x(following),  # the step has read x by now
         }
-        return Turn(step.scale, noise, run_step, self._bind("advance", inputs, outputs), tokens)
+        return Turn(step.scale, noise, run_step, self._bind("advance", inputs, outputs), logits, tokens)
 
     def _cached(self, step: ScaleStep) -> int:
         """M, rows of a restore cache as the step reads it."""

@@ -13,7 +13,7 @@ from toprovar.profiles.manifest import LoopNames as Names
 from toprovar.profiles.noise import scale_noise
 from toprovar.runtime.binding import Binding, Turn
 from toprovar.runtime.bundle import Bundle
-from toprovar.runtime.target import Array, Run, Target
+from toprovar.runtime.target import Array, Buffer, Run, Target
 
 __all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
 
@@ -77,6 +77,8 @@ class Loop:
         condition: Mapping[str, Array],
         seeds: Sequence[int],
         on_scale: Callable[[], None] = lambda: None,
+        *,
+        follow: Mapping[int, Array] | None = None,
     ) -> Trace:
         """Make B pictures.
 
@@ -85,6 +87,8 @@ class Loop:
             condition: what ``prefix`` takes: ``labels`` [B] int32, or ``text_features`` and ``text_lengths``.
             seeds: B of them; a picture depends on its own seed only.
             on_scale: called after each scale.
+            follow: tokens by scale, shaped like those of `Trace`. Each scale still gives its own tokens, but those here
+                are what is added to the codes and what the next scale is shown.
 
         Raises:
             InputError: a condition or seeds of another shape than the batch.
@@ -100,18 +104,23 @@ class Loop:
 
         prefix_ms = self._timed(bound.prefix)
         scales: list[ScaleTiming] = []
+        given: dict[int, Array] = {}
         for turn in turns:
             noise_ms = self._draw_noise(turn, seeds)
             step_ms = self._timed(turn.step)
             advance_ms = self._timed(turn.advance)
             scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
+            if follow is not None:
+                given[turn.scale] = read(turn.tokens)
+                self._target.write(turn.logits, _certain(follow[turn.scale], turn.logits))
+                turn.advance()  # reads the codes that it read before, and writes over what it gave
             on_scale()
         decode_ms = self._timed(bound.decode[len(turns) % 2])
 
         images = read(bound.buffers[Names.IMAGE])
         total_ms = (perf_counter() - start) * 1e3
         return Trace(
-            tokens={turn.scale: read(turn.tokens) for turn in turns},
+            tokens=given or {turn.scale: read(turn.tokens) for turn in turns},
             codes=read(bound.codes(len(turns))),
             images=images,
             timing=Timing(prompt_class, bound.batch, prefix_ms, tuple(scales), decode_ms, total_ms),
@@ -136,3 +145,18 @@ class Loop:
             takes = "no such input" if buffer is None else f"{list(buffer.shape)}"
             raise InputError(f"{self._bundle.root}: {name} has shape {list(values.shape)}; the bundle takes {takes}")
         self._target.write(buffer, np.ascontiguousarray(values, dtype=buffer.dtype))
+
+
+_CERTAIN_LOGIT = 1e3
+"""Above all others, which are 0: no noise, guidance or temperature changes the choice, and fp16 holds the sum of both."""
+
+
+def _certain(tokens: Array, logits: Buffer) -> Array:
+    """Logits `[N, R, V]` from which `advance` can only draw these tokens, `[B, N]`, or `[B, N, bits]` of V = bits * 2."""
+    count, rows, values = logits.shape
+    each = tokens.reshape(len(tokens), count, -1).swapaxes(0, 1)  # [N, B, 1 or bits]
+    choices = values // each.shape[2]
+    certain = np.zeros((*each.shape, choices), logits.dtype)
+    # A golden trace that was tampered with may hold any number; it is counted as wrong where tokens are compared.
+    np.put_along_axis(certain, each.clip(0, choices - 1)[..., None], _CERTAIN_LOGIT, axis=3)
+    return np.tile(certain.reshape(count, len(tokens), values), (1, rows // len(tokens), 1))

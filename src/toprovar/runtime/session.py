@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,7 @@ class Session:
         seeds: Sequence[int] = (0,),
         *,
         text: TextFeatures | None = None,
+        follow: Mapping[int, Array] | None = None,
         on_scale: Callable[[int, int], None] | None = None,
     ) -> Result:
         """Make one picture per (label or text, seed).
@@ -145,6 +146,7 @@ class Session:
             labels: a name or a number per image, for a bundle of a class-conditional model.
             seeds: one per image; as many as prompts.
             text: for a bundle of a text-conditional model.
+            follow: tokens of all images by scale, which each next scale is shown; see `Loop.run`. One prompt class.
             on_scale: called with (scales done, scales in all), over all batches.
 
         Raises:
@@ -173,6 +175,7 @@ class Session:
                 {name: values[batch] for name, values in condition.items()},
                 [seeds[image] for image in batch],
                 progress,
+                follow=None if follow is None else {scale: tokens[batch] for scale, tokens in follow.items()},
             )
             timings.append(trace.timing)
             for row, image in enumerate(batch):

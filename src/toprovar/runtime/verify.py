@@ -1,7 +1,9 @@
 """Replay a bundle's golden trace: the same prompts and seeds must give the same tokens and the same pictures.
 
-Sampling is discontinuous: one token that flips changes every scale behind it. So the first scale that differs is what
-tells where to look, and it is what is reported.
+Sampling is discontinuous: one token that flips changes every scale behind it. So each scale is shown the golden tokens
+of the scales before it, and its own are compared. In fp32 all of them must be equal. In half precision two correct
+runtimes choose differently where two tokens are as likely within rounding: PyTorch and ONNX Runtime do so for 0.3 to 0.5
+percent of the demo's tokens in fp16. A kernel that is wrong changes far more than `MOST_FLIPS` of them.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ from toprovar.runtime.target import Array
 
 __all__ = ["IMAGE_TOLERANCE", "ClassVerdict", "Verdict", "verify"]
 
-IMAGE_TOLERANCE = 1e-3
-"""Largest difference of a pixel in [0, 1] between two targets in fp32; a quarter of one step of 8 bits."""
+IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2 / 255, "bfloat16": 2 / 255}
+"""Largest difference of a pixel in [0, 1] between two targets: a quarter of one step of 8 bits, two steps in half."""
+MOST_FLIPS = {"float32": 0.0, "float16": 0.02, "bfloat16": 0.1}
+"""Largest part of the tokens (of the bits, where a token is made of bits) that may differ."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class ClassVerdict:
     codes_error: float
     image_error: float
     tolerance: float
+    most_flips: float
 
     @property
     def first_wrong_scale(self) -> int | None:
@@ -40,13 +45,19 @@ class ClassVerdict:
 
     @property
     def passed(self) -> bool:
-        return self.first_wrong_scale is None and self.image_error <= self.tolerance
+        return self.flips <= self.most_flips and self.image_error <= self.tolerance
+
+    @property
+    def flips(self) -> float:
+        """Part of all tokens that differ."""
+        return sum(self.wrong_tokens.values()) / sum(self.tokens.values())
 
     def __str__(self) -> str:
         scale = self.first_wrong_scale
         if scale is not None:
             found = (
-                f"scale {scale} is the first that differs, in {self.wrong_tokens[scale]} of {self.tokens[scale]} tokens"
+                f"scale {scale} is the first that differs, in {self.wrong_tokens[scale]} of {self.tokens[scale]} tokens, "
+                f"all scales in {self.flips:.2%} (at most {self.most_flips:.0%})"
             )
         else:
             found = f"tokens of all {len(self.tokens)} scales are equal"
@@ -66,13 +77,13 @@ class Verdict:
 
 
 def verify(
-    session: Session, tolerance: float = IMAGE_TOLERANCE, on_scale: Callable[[int, int], None] | None = None
+    session: Session, tolerance: float | None = None, on_scale: Callable[[int, int], None] | None = None
 ) -> Verdict:
     """Replay the golden trace of every prompt class.
 
     Args:
         session: a bundle on a target.
-        tolerance: largest difference of a pixel that passes.
+        tolerance: largest difference of a pixel that passes; default: `IMAGE_TOLERANCE` of the bundle's precision.
         on_scale: called with (scales done, scales in all), for each prompt class anew.
 
     Raises:
@@ -82,9 +93,10 @@ def verify(
 
 
 def _verify_class(
-    session: Session, prompt_class: str, tolerance: float, on_scale: Callable[[int, int], None] | None
+    session: Session, prompt_class: str, tolerance: float | None, on_scale: Callable[[int, int], None] | None
 ) -> ClassVerdict:
     bundle = session.bundle
+    precision = bundle.manifest.precision
 
     def golden(name: str) -> Array:
         if f"{prompt_class}/{name}" not in bundle.golden:
@@ -92,19 +104,27 @@ def _verify_class(
         return bundle.golden[f"{prompt_class}/{name}"]
 
     seeds = [int(seed) for seed in golden("seeds")]
+    expected = {}
+    for step in bundle.manifest.schedules[prompt_class].steps:
+        expected[step.scale] = tokens = golden(f"tokens_{step.scale}")
+        if tokens.shape[:2] != (len(seeds), step.tokens):
+            raise BundleError(
+                f"{bundle.root}: its golden tokens of scale {step.scale} are {list(tokens.shape)}, the schedule has "
+                f"{step.tokens} for each of {len(seeds)} images; export it again"
+            )
     if bundle.manifest.condition.kind == "label":
-        result = session.generate([int(label) for label in golden(Names.LABELS.value)], seeds, on_scale=on_scale)
+        labels = [int(label) for label in golden(Names.LABELS.value)]
+        result = session.generate(labels, seeds, follow=expected, on_scale=on_scale)
     else:
         classes = (prompt_class,) * len(seeds)
         text = TextFeatures(golden(Names.TEXT_FEATURES.value), golden(Names.TEXT_LENGTHS.value), classes)
-        result = session.generate(seeds=seeds, text=text, on_scale=on_scale)
+        result = session.generate(seeds=seeds, text=text, follow=expected, on_scale=on_scale)
 
     wrong, count = {}, {}
-    for step in bundle.manifest.schedules[prompt_class].steps:
-        expected = golden(f"tokens_{step.scale}")
-        found = np.stack([tokens[step.scale] for tokens in result.tokens])
-        wrong[step.scale] = int((found != expected).sum())
-        count[step.scale] = expected.size
+    for scale, tokens in expected.items():
+        found = np.stack([of_image[scale] for of_image in result.tokens])
+        wrong[scale] = int((found != tokens).sum())
+        count[scale] = tokens.size
     return ClassVerdict(
         prompt_class=prompt_class,
         images=len(seeds),
@@ -112,7 +132,8 @@ def _verify_class(
         tokens=count,
         codes_error=_worst(result.codes, golden("codes")),
         image_error=_worst(result.images, golden("image")),
-        tolerance=tolerance,
+        tolerance=IMAGE_TOLERANCE[precision] if tolerance is None else tolerance,
+        most_flips=MOST_FLIPS[precision],
     )
 
 
