@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from toprovar.backbones.base import Sampling
+from toprovar.backbones.base import Sampling, guide, gumbel
 from toprovar.backbones.bsq_vae import BsqVae, VaeSpec
+from toprovar.backbones.bsq_vae_cuda import _phase_weights
 from toprovar.backbones.generate import Pruning, generate
 from toprovar.backbones.infinity import Infinity, InfinitySpec
-from toprovar.kernels import fused
-from toprovar.profiles.noise import scale_noise, uniform
+from toprovar.kernels import fused, linear
+from toprovar.profiles.noise import scale_noise
 
 
 def near(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
@@ -41,27 +41,45 @@ def kernels(device: str) -> None:
     _, normed = fused.residual_norm(x.clone(), branch, None, weight, bias, affine=True)
     assert normed is not None
     near(normed, F.layer_norm(x + branch, (width,), weight, bias, 1e-6), 1e-5)
+    parts = normal(3, n, rows, width)
+    found, _ = fused.residual_norm(x.clone(), parts, modulation[0], bias=bias)
+    near(found, x + (parts.sum(0) + bias) * modulation[0], 1e-5)
     untouched, nothing = fused.residual_norm(x.clone(), branch, modulation[0])
     assert nothing is None
     near(untouched, total, 1e-6)
 
     heads, dim = 3, 24
-    qkv, factor, angle = normal(n, rows, 3, heads, dim), normal(heads).exp(), normal(n, 2, dim // 2)
-    q, k, v = (torch.full((n, rows, heads, dim), float("nan"), device=device) for _ in range(3))
-    fused.qk_norm_rope(qkv, q, k, v, multiplier=factor, cos=angle.cos(), sin=angle.sin())
+    parts, bias = normal(2, n, rows, 3, heads, dim), normal(3 * heads * dim)
+    factor, angle = normal(heads).exp(), normal(9, 1, dim // 2)
+    indices = torch.tensor([[0, 2, 3, 5, 8], [1, 2, 4, 6, 7]], dtype=torch.int32, device=device)
+    qkv = parts.sum(0) + bias.view(3, heads, dim)
 
-    def turned(t: torch.Tensor) -> torch.Tensor:
-        a, pairs = angle.repeat(1, rows // 2, 1)[:, :, None], t.unflatten(-1, (-1, 2))
+    def turned(t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """t [N, R, H, D] by angles a [N, R or 1, D/2]."""
+        a, pairs = a[:, :, None], t.unflatten(-1, (-1, 2))
         even, odd = pairs.unbind(-1)
         return torch.stack([even * a.cos() - odd * a.sin(), even * a.sin() + odd * a.cos()], -1).flatten(-2)
 
     raw_q, raw_k, raw_v = qkv.unbind(2)
-    near(q, turned(F.normalize(raw_q, dim=-1) * factor[:, None]), 1e-5)
-    near(k, turned(F.normalize(raw_k, dim=-1)), 1e-6)
-    near(v, raw_v, 0.0)
+    of_kept = angle[indices.long()][:, :, 0].repeat(rows // 2, 1, 1).transpose(0, 1)
+    q, k, v = (torch.full((n, rows, heads, dim), float("nan"), device=device) for _ in range(3))
+    for given, missing, where, a in ((qkv, None, None, angle[:n]), (parts, bias, indices, of_kept)):
+        fused.qk_norm_rope(
+            given, q, k, v, bias=missing, multiplier=factor, cos=angle.cos(), sin=angle.sin(), indices=where
+        )
+        near(q, turned(F.normalize(raw_q, dim=-1) * factor[:, None], a), 2e-5)
+        near(k, turned(F.normalize(raw_k, dim=-1), a), 1e-6)
+        near(v, raw_v, 1e-6)
     fused.qk_norm_rope(qkv, q, k, v)
     near(q, raw_q, 0.0)
     near(k, raw_k, 0.0)
+
+    for m, outputs, inputs in ((1, 64, 128), (5, 192, 256), (33, 128, 512)):
+        x, weight, bias = normal(m, inputs), normal(outputs, inputs), normal(outputs)
+        wanted = x @ weight.T
+        near(linear.thin_linear(x, weight, bias), wanted + bias, 2e-4)
+        near(linear.thin_linear(x, weight, bias, gelu=True), F.gelu(wanted + bias, approximate="tanh"), 2e-4)
+        near(linear.thin_linear(x, weight, whole=False).sum(0), wanted, 2e-4)
 
     # A mean far from 0, sizes that fill no tile, and a channel bias that the norm has to add first.
     picture = (normal(2, 64, 9, 13) * 3 + 20).contiguous(memory_format=torch.channels_last)
@@ -74,10 +92,23 @@ def kernels(device: str) -> None:
     )
     near(fused.add_bias(picture, 2 * picture, before), 3 * picture + before[:, None, None], 1e-5)
 
+    small, taps, before = normal(2, 16, 5, 7), normal(16, 16, 3, 3), normal(16)
+    phases = F.conv2d(small, _phase_weights(taps), padding=1).contiguous(memory_format=torch.channels_last)
+    doubled = F.interpolate(small, scale_factor=2.0, mode="nearest")
+    near(fused.interleave(phases, before), F.conv2d(doubled, taps, before, padding=1), 1e-4)
+
     seeds = [5, (7 << 32) + 3]
-    noise = fused.philox_uniform(torch.tensor(seeds, device=device), 4, 50, 14)
-    for image, seed in enumerate(seeds):
-        assert np.array_equal(noise[:, image].cpu().numpy().ravel(), uniform(seed, 4, 700))
+    logits, noise = normal(50, 4, 14), torch.from_numpy(scale_noise(seeds, 4, 50, 14)).to(device)
+    for guidance in (torch.tensor([3.0, -2.0], device=device), torch.tensor([1.5], device=device)):
+        given = logits[:, : 2 * len(guidance)].contiguous()
+        zero, one = guide(given, guidance).unflatten(-1, (-1, 2)).unbind(-1)
+        noise_zero, noise_one = gumbel(noise).unflatten(-1, (-1, 2)).unbind(-1)
+        certain = torch.sigmoid(-(one - zero).abs()) <= 1 - 0.9
+        wanted = (one - zero + torch.where(certain, 0.0, noise_one - noise_zero) > 0).transpose(0, 1)
+        drawn = fused.draw_bits(given, torch.tensor(seeds, device=device), guidance, 4, top_p=0.9)
+        assert torch.equal(drawn.bool(), wanted)
+        drawn = fused.draw_bits(given, torch.tensor(seeds, device=device), guidance, 4, top_p=0.9, greedy=True)
+        assert torch.equal(drawn.bool(), (one > zero).transpose(0, 1))
 
 
 def tiny_infinity() -> Infinity:
@@ -111,8 +142,6 @@ def infinity() -> None:
     """`InfinityGraphs` without graphs, dense and pruned, with and without padding, against `generate`."""
     from toprovar.backbones.infinity_graphs import InfinityGraphs
 
-    # On a CPU `_addmm_activation` takes the error function where cuBLAS has tanh.
-    torch._addmm_activation = lambda b, a, w, use_gelu: F.gelu(torch.addmm(b, a, w), approximate="tanh")
     backbone, text = tiny_infinity(), torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1))
     dense = Pruning.none(backbone.spec)
     cases = [

@@ -237,6 +237,8 @@ class _Ffn(nn.Module):
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, "Tensor | None"]]
+TextKeys = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Text `[T, R, C]` -> cross_k, cross_v of all layers."""
 
 
 class _Block(nn.Module):
@@ -410,8 +412,10 @@ class Infinity(Backbone):
         source = _linear(gelu(_linear(normed, cast(nn.Linear, first))), cast(nn.Linear, second))
         return pooled, source.float(), bias
 
-    def context(self, pooled: Tensor, source: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        """What every scale needs of the condition.
+    def context(
+        self, pooled: Tensor, source: Tensor, bias: Tensor, text_keys: TextKeys | None = None
+    ) -> dict[str, Tensor]:
+        """What every scale needs of the condition; `text_keys` computes keys and values in another way.
 
         modulation `[depth, 6, R, C]` (gamma1, gamma2, scale1, scale2, shift1, shift2) and head_modulation `[2, R, C]`
         (scale, shift) fp32; cross_k, cross_v `[depth, T, R, H, D]` in the blocks' dtype; text_bias `[R, T]` fp32.
@@ -421,16 +425,19 @@ class Infinity(Backbone):
         shared = _linear(active, cast(nn.Linear, self.shared_ada_lin[1])).float().unflatten(-1, (6, -1)).transpose(0, 1)
         tables = torch.stack([block.ada_gss[0, 0].float() for block in blocks])
         head = _linear(active, cast(nn.Linear, self.head_nm.ada_lin[1])).float().unflatten(-1, (2, -1)).transpose(0, 1)
-        keys, values = zip(*(block.ca.kv(source) for block in blocks), strict=True)
+        if text_keys is None:
+            keys, values = map(torch.stack, zip(*(block.ca.kv(source) for block in blocks), strict=True))
+        else:
+            keys, values = text_keys(source)
         return {
             "modulation": tables[:, :, None] + shared,
             "head_modulation": head,
-            "cross_k": torch.stack(keys),
-            "cross_v": torch.stack(values),
+            "cross_k": keys,
+            "cross_v": values,
             "text_bias": bias,
         }
 
-    def prefix(self, *condition: Tensor) -> Prefix:
+    def prefix(self, *condition: Tensor, text_keys: TextKeys | None = None) -> Prefix:
         """Text -> first input and context.
 
         Args:
@@ -458,7 +465,7 @@ class Infinity(Backbone):
             )
         pooled, source, bias = self.condition(*self.text_rows(*condition))
         x0 = (pooled + self.pos_start[0].float() + self.lvl_embed.weight[0].float())[None]
-        return Prefix(x0, self.context(pooled, source, bias))
+        return Prefix(x0, self.context(pooled, source, bias, text_keys))
 
     # -- one scale ----------------------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """Infinity's scale for a CUDA GPU: the arithmetic of `infinity._Block`, arranged so that every tensor is moved once.
 
-`Step` runs a block as it reads on paper: some thirty kernels a layer. Here a layer is five matrix products, two
-attentions and three fused kernels (`toprovar.kernels.fused`):
+`Step` runs a block as it reads on paper: some thirty kernels a layer. Here a layer is six matrix products
+(`toprovar.kernels.linear`), two attentions and four fused kernels (`toprovar.kernels.fused`):
 
 * a residual addition waits for the norm behind it, also across layers, and is done with it in one pass;
 * q and k are normalised and rotated, and k and v stored in the cache, straight from the QKV product;
-* bias and GELU are the epilogue of the first FFN product.
+* bias and GELU are the epilogue of the first FFN product;
+* where rows are few, products leave the sum of their parts to the kernel behind them, and each kernel is set up, and
+  asks for its weights, while the one before it still runs.
 
 All sizes are fixed when a `ScaleRun` is made, nothing is allocated that outlives a call but its outputs, and nothing is read
 back to the host, so a scale can be captured as one CUDA graph. The reference is `Step`; a test compares them.
@@ -19,7 +21,7 @@ from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from toprovar.backbones.base import Context, restore_constants
 from toprovar.backbones.infinity import Infinity, _Block, masked_attention
@@ -27,8 +29,9 @@ from toprovar.backbones.step import Step
 from toprovar.errors import InputError
 from toprovar.kernels import entropy_attention, gather_tokens, restore_tokens, scatter_tokens, select_tokens
 from toprovar.kernels.fused import qk_norm_rope, residual_norm
+from toprovar.kernels.linear import THIN_ROWS, Products, thin_linear
 
-__all__ = ["FusedStep", "KeyValueCache", "ScaleRun", "scale_runs"]
+__all__ = ["FusedStep", "KeyValueCache", "ScaleRun", "TextKeys", "scale_runs"]
 
 
 @dataclass(frozen=True)
@@ -134,25 +137,52 @@ class _Layer:
 
 @dataclass
 class _Stream:
-    """The residual stream with the last branch not yet added: ``x + gamma * branch``."""
+    """The residual stream with the last branch not yet added: ``x + gamma * (branch + bias)``."""
 
     x: Tensor  # [n, R, C] fp32
-    branch: Tensor | None = None  # [n, R, C]
+    branch: Tensor | None = None  # [n, R, C], or fp32 parts of it [parts, n, R, C]
+    bias: Tensor | None = None  # [C]
     gamma: Tensor | None = None  # [R, C]
 
     def normed(self, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, affine: bool = False) -> Tensor:
         """Adds the branch in place and returns the modulated norm of the sum."""
-        self.x, out = residual_norm(self.x, self.branch, self.gamma, scale, shift, dtype=dtype, affine=affine)
-        self.branch = self.gamma = None
+        self.x, out = residual_norm(
+            self.x, self.branch, self.gamma, scale, shift, bias=self.bias, dtype=dtype, affine=affine
+        )
+        self.branch = self.bias = self.gamma = None
         assert out is not None
         return out
 
     def settle(self) -> Tensor:
         """Adds the branch in place."""
         if self.branch is not None:
-            self.x, _ = residual_norm(self.x, self.branch, self.gamma)
-            self.branch = self.gamma = None
+            self.x, _ = residual_norm(self.x, self.branch, self.gamma, bias=self.bias)
+            self.branch = self.bias = self.gamma = None
         return self.x
+
+
+class TextKeys:
+    """Keys and values of the text for all layers in one batched product.
+
+    The layers' matrices are laid behind each other, and the layers' own parameters become views of that.
+    """
+
+    def __init__(self, backbone: Infinity) -> None:
+        self._shape = backbone.spec.heads, backbone.spec.head_dim
+        attentions = [block.ca for block in cast("Sequence[_Block]", backbone.blocks)]
+        together = torch.stack([ca.mat_kv.weight.detach() for ca in attentions])  # [depth, 2 C, C]
+        for ca, weight in zip(attentions, together, strict=True):
+            ca.mat_kv.weight.data = weight
+        depth, _, width = together.shape
+        self._weights = together.view(2 * depth, width, width).mT
+        self._biases = torch.stack([torch.stack([ca.zero_k_bias, ca.v_bias]) for ca in attentions]).view(-1, 1, width)
+
+    def __call__(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        """Text ``[T, R, C]`` -> cross_k, cross_v ``[depth, T, R, H, D]``, as in `Infinity.context`; each layer dense."""
+        tokens, rows, _ = source.shape
+        flat = source.to(self._weights.dtype).flatten(0, 1).expand(len(self._weights), -1, -1)
+        both = torch.baddbmm(self._biases, flat, self._weights).view(-1, 2, tokens, rows, *self._shape)
+        return both[:, 0], both[:, 1]
 
 
 class FusedStep:
@@ -176,6 +206,14 @@ class FusedStep:
         self.roles = roles
         self.restore = restore
         self.layers = [_Layer(block) for block in cast("Sequence[_Block]", backbone.blocks)]
+        self._products = Products(backbone.device)
+        # What each kind of product is timed with: the same matrix of several layers.
+        self._like = {
+            "qkv": [layer.qkv for layer in self.layers],
+            "proj": [layer.sa_proj.weight for layer in self.layers],
+            "fc1": [layer.fc1.weight for layer in self.layers],
+            "fc2": [layer.fc2.weight for layer in self.layers],
+        }
 
     @property
     def spans(self) -> int:
@@ -214,7 +252,7 @@ class FusedStep:
                 wanted = run.pruned and index + 1 < len(self.segments)
                 for layer in layers:
                     entropy = self._layer(
-                        layer, stream, run, run.cos, run.sin, context, cache, wanted and layer == layers[-1], padded
+                        layer, stream, run, None, context, cache, wanted and layer == layers[-1], padded
                     )
                 if before is not None:
                     torch.sub(stream.settle(), before, out=span_cache[span])
@@ -224,10 +262,8 @@ class FusedStep:
             whole = stream.settle()
             indices = select_tokens(entropy[:images], run.keep_slots)
             kept = _Stream(gather_tokens(whole, indices))
-            # [N, 1, D/2] per image: [N, B, D/2] gathered with the same indices.
-            cos, sin = (gather_tokens(t.expand(-1, images, -1).contiguous(), indices) for t in (run.cos, run.sin))
             for layer in layers:
-                self._layer(layer, kept, run, cos, sin, context, cache, False, padded)
+                self._layer(layer, kept, run, indices, context, cache, False, padded)
             if self.restore == "identity":
                 stream = _Stream(scatter_tokens(whole, kept.settle(), indices))
             else:
@@ -245,14 +281,13 @@ class FusedStep:
         index: int,
         stream: _Stream,
         run: ScaleRun,
-        cos: Tensor,
-        sin: Tensor,
+        indices: Tensor | None,
         context: Context,
         cache: KeyValueCache,
         want_entropy: bool,
         padded: bool,
     ) -> Tensor | None:
-        """One block on the rows of `stream`; entropy ``[R, n]`` where wanted."""
+        """One block on the rows of `stream`, all tokens or those at `indices`; entropy ``[R, n]`` where wanted."""
         layer, spec, dtype = self.layers[index], self.backbone.spec, self.backbone.dtype
         gamma1, gamma2, scale1, scale2, shift1, shift2 = context["modulation"][index].unbind(0)
         n, rows, width = stream.x.shape
@@ -260,37 +295,51 @@ class FusedStep:
         keys, values = cache.keys[index], cache.values[index]
         new_k, new_v = keys[start : start + n], values[start : start + n]
 
-        product = F.linear(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias)
+        product, bias = self._parts(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias, "qkv")
         q = torch.empty_like(new_k)
         qk_norm_rope(
-            product.view(n, rows, 3, spec.heads, spec.head_dim),
+            product.unflatten(-1, (3, spec.heads, spec.head_dim)),
             q,
             new_k,
             new_v,
+            bias=bias,
             multiplier=layer.multiplier,
-            cos=cos,
-            sin=sin,
+            cos=run.cos,
+            sin=run.sin,
+            indices=indices,
         )
         attended = entropy_attention(
             q, keys[:start], values[:start], new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
         )
-        stream.branch = F.linear(attended.out.view(n, rows, width), layer.sa_proj.weight, layer.sa_proj.bias)
+        stream.branch, stream.bias = self._branch(attended.out.view(n, rows, width), layer.sa_proj, "proj")
         stream.gamma = gamma1
 
         normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, dtype, affine=True)
-        q = F.linear(normed, layer.ca_q.weight, layer.ca_q.bias).view(n, rows, spec.heads, spec.head_dim)
+        q = self._whole(normed, layer.ca_q, "proj").view(n, rows, spec.heads, spec.head_dim)
         text_k, text_v = context["cross_k"][index], context["cross_v"][index]
         if padded:
             text = masked_attention(q, text_k, text_v, context["text_bias"])
         else:
             none = text_k[:0]
             text = entropy_attention(q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none").out
-        stream.branch = F.linear(text.reshape(n, rows, width), layer.ca_proj.weight, layer.ca_proj.bias)
+        stream.branch, stream.bias = self._branch(text.reshape(n, rows, width), layer.ca_proj, "proj")
 
-        normed = stream.normed(scale2, shift2, dtype)
-        hidden = torch._addmm_activation(
-            layer.fc1.bias, normed.view(n * rows, width), layer.fc1.weight.t(), use_gelu=True
-        )
-        stream.branch = F.linear(hidden, layer.fc2.weight, layer.fc2.bias).view(n, rows, width)
+        hidden = self._whole(stream.normed(scale2, shift2, dtype), layer.fc1, "fc1", gelu=True)
+        stream.branch, stream.bias = self._branch(hidden, layer.fc2, "fc2")
         stream.gamma = gamma2
         return attended.entropy
+
+    def _whole(self, x: Tensor, linear: nn.Linear, kind: str, *, gelu: bool = False) -> Tensor:
+        """The product ``[n, R, N]``, with its bias and activation."""
+        if x.shape[0] * x.shape[1] > THIN_ROWS:
+            return self._products(x, linear.weight, linear.bias, gelu=gelu, like=self._like[kind])
+        return thin_linear(x.flatten(0, 1), linear.weight, linear.bias, gelu=gelu).unflatten(0, x.shape[:2])
+
+    def _branch(self, x: Tensor, linear: nn.Linear, kind: str) -> tuple[Tensor, Tensor | None]:
+        return self._parts(x, linear.weight, linear.bias, kind)
+
+    def _parts(self, x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
+        """The product, and the bias that it lacks: ``[n, R, N]`` and None, or parts ``[parts, n, R, N]`` and the bias."""
+        if x.shape[0] * x.shape[1] > THIN_ROWS:
+            return self._products(x, weight, bias, like=self._like[kind]), None
+        return thin_linear(x.flatten(0, 1), weight, whole=False).unflatten(1, x.shape[:2]), bias

@@ -17,9 +17,9 @@ from torch import Tensor
 from toprovar.backbones.bsq_vae_cuda import FusedDecoder
 from toprovar.backbones.generate import Pruning
 from toprovar.backbones.infinity import Infinity
-from toprovar.backbones.infinity_cuda import FusedStep, KeyValueCache, ScaleRun, scale_runs
+from toprovar.backbones.infinity_cuda import FusedStep, KeyValueCache, ScaleRun, TextKeys, scale_runs
 from toprovar.errors import InputError
-from toprovar.kernels.fused import philox_uniform
+from toprovar.kernels.fused import draw_bits
 
 __all__ = ["InfinityGraphs"]
 
@@ -56,6 +56,7 @@ class InfinityGraphs:
         self.backbone = backbone
         self.images = images
         self.padded = padded or negative
+        self._text_keys = TextKeys(backbone)
         self._step = FusedStep(backbone, pruning.roles, pruning.restore)
         scales = tuple(range(spec.scales)) if pruning.scales_run is None else pruning.scales_run
         cache_scale = pruning.cache_scale if pruning.restore == "cache" else None
@@ -88,8 +89,8 @@ class InfinityGraphs:
     # replay of all stages in order is a picture.
 
     def _prefix(self) -> None:
-        prefix = self.backbone.prefix(*self._condition)
-        self._context = {name: value.contiguous() for name, value in prefix.context.items()}
+        prefix = self.backbone.prefix(*self._condition, text_keys=self._text_keys)
+        self._context = prefix.context
         self._x = prefix.x0.clone()
         self._codes = torch.zeros_like(self._codes)
 
@@ -97,10 +98,15 @@ class InfinityGraphs:
         run, constants, backbone = self.runs[index], self._constants[index], self.backbone
         assert self._x is not None
         logits = self._step(run, self._x, self._context, self.cache, self._span_cache, padded=self.padded)
-        noise = None
-        if backbone.sampling.top_k != 1:
-            noise = philox_uniform(self.seeds, run.scale, run.tokens, backbone.spec.vocab)
-        bits = backbone.sample(logits, noise, constants)
+        sampling = backbone.sampling
+        bits = draw_bits(
+            logits,
+            self.seeds,
+            constants["guidance"],
+            run.scale,
+            top_p=sampling.top_p,
+            greedy=sampling.top_k == 1,
+        )
         self._codes = backbone.accumulate(bits, self._codes, constants)
         self._x = backbone.next_input(self._codes, constants) if "next_position" in constants else None
 

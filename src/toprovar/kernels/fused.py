@@ -7,7 +7,8 @@ each of these kernels reads its inputs once and writes its outputs once:
 ``qk_norm_rope``      split of a QKV product: L2 norm of q and k, head multiplier, rotary embedding; v copied
 ``group_norm_silu``   GroupNorm and SiLU of channels-last activations, with the bias of the convolution before it
 ``add_bias``          sum of two channels-last activations and the bias of the convolution that made the first
-``philox_uniform``    the noise of a scale from the seeds of a batch: `toprovar.profiles.noise`, number for number
+``interleave``        the four phases of a convolution behind a doubling of the picture, put in their places
+``draw_bits``         guidance, noise and the draw of a scale's bits: `toprovar.profiles.noise`, number for number
 
 They compute in fp32 whatever the tensors are. The PyTorch modules in `toprovar.backbones` are their reference.
 """
@@ -18,41 +19,61 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["add_bias", "group_norm_silu", "philox_uniform", "qk_norm_rope", "residual_norm"]
+from .linear import THIN_ROWS, launch_options, overlaps
+
+__all__ = ["add_bias", "draw_bits", "group_norm_silu", "interleave", "qk_norm_rope", "residual_norm"]
+
+
+@triton.jit
+def _added(P, at, ok, BIAS, bias_at, stride, PARTS: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """fp32 sum of the parts of a product, and its bias."""
+    total = tl.load(P + at, mask=ok, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(P + part * stride + at, mask=ok, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(BIAS + bias_at, mask=ok, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
 def _residual_norm(
     X,
     BRANCH,
+    BIAS,
     GAMMA,
     SCALE,
     SHIFT,
-    X_OUT,
     NORMED,
     R,
     eps,
+    part_stride,
     gamma_row,
     modulation_row,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
-    HAS_BRANCH: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ONE_PLUS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     row = token % R
     c = tl.arange(0, BLOCK)
     inside = c < C
     x = tl.load(X + token * C + c, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BRANCH:
-        y = tl.load(BRANCH + token * C + c, mask=inside, other=0.0).to(tl.float32)
+    if PARTS > 0:
+        y = _added(BRANCH, token * C + c, inside, BIAS, c, part_stride, PARTS, HAS_BIAS)
         if HAS_GAMMA:
             y = y * tl.load(GAMMA + row * gamma_row + c, mask=inside, other=0.0).to(tl.float32)
         x = x + y
-        tl.store(X_OUT + token * C + c, x.to(X_OUT.dtype.element_ty), mask=inside)
+        tl.store(X + token * C + c, x.to(X.dtype.element_ty), mask=inside)
     if HAS_NORM:
         mean = tl.sum(x, 0) / C
         centred = tl.where(inside, x - mean, 0.0)
@@ -72,17 +93,19 @@ def residual_norm(
     scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
     *,
+    bias: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     affine: bool = False,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``x += gamma * branch`` in place, and ``LayerNorm(x) * (1 + scale) + shift`` of the result.
+    """``x += gamma * (branch + bias)`` in place, and ``LayerNorm(x) * (1 + scale) + shift`` of the result.
 
     Args:
         x: ``[N, R, C]`` residual stream, contiguous; written in place when a branch is given.
-        branch: ``[N, R, C]`` output of the last branch, or None.
+        branch: ``[N, R, C]`` output of the last branch, or fp32 parts of it ``[parts, N, R, C]`` to be added up, or None.
         gamma: ``[R, C]`` gate of the branch (rows may be strided), or None for 1.
         scale, shift: ``[R, C]`` modulation, or ``[C]`` when ``affine``; None skips the norm.
+        bias: ``[C]`` that the branch still lacks, or None.
         dtype: of the normed output; x's when None.
         affine: multiply by ``scale`` rather than ``1 + scale`` (a LayerNorm with weight and bias).
 
@@ -94,26 +117,32 @@ def residual_norm(
     normed = torch.empty((n, rows, width), dtype=dtype or x.dtype, device=x.device) if norm else None
     if n == 0:
         return x, normed
-    modulation_row = 0 if (scale is None or affine) else scale.stride(0)
+    parts = 0 if branch is None else branch.shape[0] if branch.dim() == 4 else 1
+    overlap = overlaps(x)
     _residual_norm[(n * rows,)](
         x,
         x if branch is None else branch,
+        x if bias is None else bias,
         x if gamma is None else gamma,
         x if scale is None else scale,
         x if shift is None else shift,
-        x,
         x if normed is None else normed,
         rows,
         eps,
+        n * rows * width,
         0 if gamma is None else gamma.stride(0),
-        modulation_row,
+        0 if (scale is None or affine) else scale.stride(0),
         C=width,
         BLOCK=triton.next_power_of_2(width),
-        HAS_BRANCH=branch is not None,
+        PARTS=parts,
+        HAS_BIAS=bias is not None,
         HAS_GAMMA=gamma is not None,
         HAS_NORM=norm,
         ONE_PLUS=not affine,
-        num_warps=4 if width <= 2048 else 8,
+        OVERLAP=overlap,
+        # Few rows leave most of the GPU idle: more warps shorten the wait for each.
+        num_warps=4 if width <= 2048 and n * rows > THIN_ROWS else 8,
+        **launch_options(overlap),
     )
     return x, normed
 
@@ -121,53 +150,62 @@ def residual_norm(
 @triton.jit
 def _qk_norm_rope(
     QKV,
+    BIAS,
     MULTIPLIER,
     COS,
     SIN,
+    INDICES,
     Q,
     K,
     V,
     R,
-    rope_rows,
+    images,
+    keep,
+    part_stride,
     H: tl.constexpr,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     HALF: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     NORMALISE: tl.constexpr,
     ROPE: tl.constexpr,
+    GATHERED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     n = token // R
-    row = token % R
     h = tl.arange(0, HEADS)
-    p = tl.arange(0, HALF)
-    ok = (h < H)[:, None] & (p < D // 2)[None, :]
-    even = h[:, None] * D + 2 * p[None, :]
-    base = QKV + token * (3 * H * D)
+    d = tl.arange(0, 2 * HALF)
+    ok = (h < H)[:, None] & (d < D)[None, :]
+    at = h[:, None] * D + d[None, :]
+    base = token * (3 * H * D)
     if ROPE:
-        angle = (n * rope_rows + row % rope_rows) * (D // 2) + p
+        p = tl.arange(0, HALF)
+        position = n
+        if GATHERED:
+            position = tl.load(INDICES + token % R % images * keep + n).to(tl.int64)
+        angle = position * (D // 2) + p
         cos = tl.load(COS + angle, mask=p < D // 2, other=1.0)[None, :]
         sin = tl.load(SIN + angle, mask=p < D // 2, other=0.0)[None, :]
     for part in tl.static_range(2):
-        a = tl.load(base + part * H * D + even, mask=ok, other=0.0).to(tl.float32)
-        b = tl.load(base + part * H * D + even + 1, mask=ok, other=0.0).to(tl.float32)
+        x = _added(QKV, base + part * H * D + at, ok, BIAS, part * H * D + at, part_stride, PARTS, HAS_BIAS)
         if NORMALISE:
             # torch.nn.functional.normalize: x / max(|x|, 1e-12)
-            inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(a * a + b * b, 1)), 1e-12)
+            inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
             if part == 0:
                 inverse = inverse * tl.load(MULTIPLIER + h, mask=h < H, other=0.0)
-            a = a * inverse[:, None]
-            b = b * inverse[:, None]
+            x = x * inverse[:, None]
         if ROPE:
-            a, b = a * cos - b * sin, a * sin + b * cos
+            even, odd = tl.split(tl.reshape(x, [HEADS, HALF, 2]))
+            x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, 2 * HALF])
         OUT = Q if part == 0 else K
-        out = OUT + token * (H * D) + even
-        tl.store(out, a.to(OUT.dtype.element_ty), mask=ok)
-        tl.store(out + 1, b.to(OUT.dtype.element_ty), mask=ok)
-    a = tl.load(base + 2 * H * D + even, mask=ok, other=0.0)
-    b = tl.load(base + 2 * H * D + even + 1, mask=ok, other=0.0)
-    tl.store(V + token * (H * D) + even, a.to(V.dtype.element_ty), mask=ok)
-    tl.store(V + token * (H * D) + even + 1, b.to(V.dtype.element_ty), mask=ok)
+        tl.store(OUT + token * (H * D) + at, x.to(OUT.dtype.element_ty), mask=ok)
+    v = _added(QKV, base + 2 * H * D + at, ok, BIAS, 2 * H * D + at, part_stride, PARTS, HAS_BIAS)
+    tl.store(V + token * (H * D) + at, v.to(V.dtype.element_ty), mask=ok)
 
 
 def qk_norm_rope(
@@ -176,40 +214,55 @@ def qk_norm_rope(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
+    bias: torch.Tensor | None = None,
     multiplier: torch.Tensor | None = None,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    indices: torch.Tensor | None = None,
 ) -> None:
     """Writes q, k, v (k and v straight into the cache) from one QKV product.
 
     Args:
-        qkv: ``[N, R, 3, H, D]`` contiguous.
+        qkv: ``[N, R, 3, H, D]`` contiguous, or fp32 parts of it ``[parts, N, R, 3, H, D]`` to be added up.
         q, k, v: ``[N, R, H, D]`` contiguous, written.
+        bias: ``[3 H D]`` that the product still lacks, or None.
         multiplier: ``[H]`` fp32 factor of q after the L2 norm of q and k (cosine attention); None: no norm.
-        cos, sin: ``[N, 1 or R', D / 2]`` fp32 of interleaved pairs (R' divides R: row r uses r % R'); None: no rotation.
+        cos, sin: ``[N', 1, D / 2]`` fp32 of interleaved pairs, N' = N without indices; None: no rotation.
+        indices: ``[B, N]`` int32: token n of row r stands at ``indices[r % B, n]`` of the N'; None: where it is.
     """
-    n, rows, three, heads, dim = qkv.shape
+    parts = qkv.shape[0] if qkv.dim() == 6 else 1
+    n, rows, three, heads, dim = qkv.shape[-5:]
     if three != 3 or not qkv.is_contiguous():
         raise ValueError(f"qkv is [N, R, 3, H, D] and contiguous; found {tuple(qkv.shape)}")
     if n == 0:
         return
+    overlap = overlaps(qkv)
     _qk_norm_rope[(n * rows,)](
         qkv,
+        qkv if bias is None else bias,
         qkv if multiplier is None else multiplier,
         qkv if cos is None else cos,
         qkv if sin is None else sin,
+        qkv if indices is None else indices,
         q,
         k,
         v,
         rows,
-        1 if cos is None else cos.shape[1],
+        1 if indices is None else indices.shape[0],
+        n,
+        qkv.stride(0) if parts > 1 else 0,
         H=heads,
         HEADS=triton.next_power_of_2(heads),
         D=dim,
         HALF=triton.next_power_of_2(dim // 2),
+        PARTS=parts,
+        HAS_BIAS=bias is not None,
         NORMALISE=multiplier is not None,
         ROPE=cos is not None,
+        GATHERED=indices is not None,
+        OVERLAP=overlap,
         num_warps=4,
+        **launch_options(overlap),
     )
 
 
@@ -382,28 +435,108 @@ def add_bias(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor) -> torch.Tens
 
 
 @triton.jit
-def _philox_uniform(SEEDS, OUT, scale, count, B, V, BLOCK: tl.constexpr):
-    image = tl.program_id(1)
-    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    seed = tl.load(SEEDS + image)
-    zero = block * 0
-    words = tl.philox(seed, block, zero + scale, zero, zero)
-    for lane in tl.static_range(4):
-        i = block.to(tl.int64) * 4 + lane
-        u = ((words[lane] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-        token = i // V
-        tl.store(OUT + (token * B + image) * V + i % V, u, mask=i < count)
+def _interleave(PHASES, BIAS, Y, total, height, width, C: tl.constexpr, ROWS: tl.constexpr):
+    pixel = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    ok = (pixel < total)[:, None]
+    c = tl.arange(0, C)
+    column = pixel % (2 * width)
+    row = pixel // (2 * width) % (2 * height)
+    image = pixel // (4 * width * height)
+    below, right = row % 2, column % 2
+    cell = (image * (height + 1) + row // 2 + below) * (width + 1) + column // 2 + right
+    phase = 2 * below + right
+    y = tl.load(PHASES + (cell * 4 + phase)[:, None] * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+    y += tl.load(BIAS + c).to(tl.float32)[None, :]
+    tl.store(Y + pixel[:, None] * C + c[None, :], y.to(Y.dtype.element_ty), mask=ok)
 
 
-def philox_uniform(seeds: torch.Tensor, scale: int, tokens: int, values: int) -> torch.Tensor:
-    """Uniform noise ``[N, B, V]`` fp32 of one scale: what `toprovar.profiles.noise.scale_noise` gives, on the device.
+def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The picture of twice the size whose every second pixel is in one of four phases, plus a bias.
 
     Args:
-        seeds: ``[B]`` int64.
-        scale: index of the scale. tokens, values: N and V.
+        phases: ``[B, 4 C, H + 1, W + 1]`` channels-last, C a power of two: pixel (2 i + p, 2 j + q) is channels
+            ``(2 p + q) C ...`` at (i + p, j + q).
+        bias: ``[C]``.
+
+    Returns: ``[B, C, 2 H, 2 W]`` channels-last of the same dtype.
     """
-    images, count = seeds.shape[0], tokens * values
-    out = torch.empty((tokens, images, values), dtype=torch.float32, device=seeds.device)
-    block = 256
-    _philox_uniform[(triton.cdiv(count, 4 * block), images)](seeds, out, scale, count, images, values, BLOCK=block)
-    return out
+    batch, channels, height, width = phases.shape[0], phases.shape[1] // 4, phases.shape[2] - 1, phases.shape[3] - 1
+    phases = phases.contiguous(memory_format=torch.channels_last)
+    y = torch.empty(
+        (batch, channels, 2 * height, 2 * width),
+        dtype=phases.dtype,
+        device=phases.device,
+        memory_format=torch.channels_last,
+    )
+    total, rows = batch * 4 * height * width, max(1, 4096 // channels)
+    _interleave[(triton.cdiv(total, rows),)](phases, bias, y, total, height, width, C=channels, ROWS=rows)
+    return y
+
+
+@triton.jit
+def _draw_bits(
+    LOGITS, SEEDS, GUIDANCE, BITS, scale, count, B, V, certain, GUIDED: tl.constexpr, NOISE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    image = tl.program_id(1)
+    block = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    zero = block * 0
+    if NOISE:
+        words = tl.philox(tl.load(SEEDS + image), block, zero + scale, zero, zero)
+    for pair in tl.static_range(2):
+        i = block.to(tl.int64) * 4 + 2 * pair
+        ok = i < count
+        token = i // V
+        rows = B * (2 if GUIDED else 1)
+        at = (token * rows + image) * V + i % V
+        weight = tl.load(GUIDANCE)
+        off = weight * tl.load(LOGITS + at, mask=ok, other=0.0)
+        on = weight * tl.load(LOGITS + at + 1, mask=ok, other=0.0)
+        if GUIDED:
+            weight = tl.load(GUIDANCE + 1)
+            off += weight * tl.load(LOGITS + at + B * V, mask=ok, other=0.0)
+            on += weight * tl.load(LOGITS + at + B * V + 1, mask=ok, other=0.0)
+        difference = on - off
+        drawn = difference
+        if NOISE:
+            u_off = ((words[2 * pair] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
+            u_on = ((words[2 * pair + 1] >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07
+            drawn += tl.log(-tl.log(u_off)) - tl.log(-tl.log(u_on))
+            drawn = tl.where(tl.sigmoid(-tl.abs(difference)) <= certain, difference, drawn)
+        bit = ((image * (count // V) + token) * V + i % V) // 2
+        tl.store(BITS + bit, (drawn > 0).to(tl.int32), mask=ok)
+
+
+def draw_bits(
+    logits: torch.Tensor, seeds: torch.Tensor, guidance: torch.Tensor, scale: int, *, top_p: float, greedy: bool = False
+) -> torch.Tensor:
+    """The bits of one scale as `Infinity.sample` draws them, with the noise of `toprovar.profiles.noise.scale_noise`.
+
+    Args:
+        logits: ``[N, R, V]`` fp32 contiguous; channel 2j + b is the logit of bit j being b.
+        seeds: ``[B]`` int64.
+        guidance: ``[2]`` fp32 weights of the conditional and the unconditional row (R = 2 B), or ``[1]``.
+        scale: index of the scale.
+        top_p: a bit whose lesser probability is at most 1 - top_p is not drawn; 0: every bit is.
+        greedy: no bit is drawn.
+
+    Returns: ``[B, N, V / 2]`` int32.
+    """
+    (tokens, _, values), images = logits.shape, seeds.shape[0]
+    bits = torch.empty((images, tokens, values // 2), dtype=torch.int32, device=logits.device)
+    count, block = tokens * values, 256
+    _draw_bits[(triton.cdiv(count, 4 * block), images)](
+        logits,
+        seeds,
+        guidance,
+        bits,
+        scale,
+        count,
+        images,
+        values,
+        1.0 - top_p if top_p > 0 else -1.0,
+        GUIDED=guidance.shape[0] == 2,
+        NOISE=not greedy,
+        BLOCK=block,
+    )
+    return bits

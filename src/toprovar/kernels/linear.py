@@ -1,0 +1,380 @@
+"""Matrix products of a transformer layer, ``y = x W^T + b``, at whatever number of rows a scale has.
+
+Early scales have 2 to 128 rows, and their products cost what reading the weights costs; late ones have thousands, and cost
+what the tensor cores cost if the tiles fill the GPU evenly. No single choice serves both:
+
+``thin_linear``    few rows: a Triton kernel with enough programs to keep the memory busy. It asks for its share of the weights
+                   before it waits for the kernel in front of it (programmatic dependent launch), and may cut the sum over
+                   K into parts; the kernel behind it adds them up in passing.
+``Products``       more rows: cuBLASLt, whose first proposals for a shape are timed once on the device and the fastest kept.
+                   PyTorch takes the first proposal, which at 800 to 3200 rows is often 10% to 30% slower than the best.
+
+Accumulation is fp32 in both. Biases are added in fp32 before rounding.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+from __future__ import annotations
+
+import ctypes
+import functools
+import glob
+import os
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+__all__ = ["THIN_ROWS", "Products", "Thin", "launch_options", "overlaps", "thin_linear", "thin_parts"]
+
+THIN_ROWS = 128
+"""Up to this many rows `thin_linear` is used."""
+
+
+# ------------------------------------------------------------------------------------------------------- few rows
+
+
+@dataclass(frozen=True)
+class Thin:
+    """How a thin product is cut: outputs and K of a tile, parts that K is cut into, warps, loads in flight."""
+
+    outputs: int
+    k: int
+    parts: int
+    warps: int = 4
+    stages: int = 4
+
+
+def thin_parts(rows: int, outputs: int, inputs: int, *, whole: bool) -> Thin:
+    """The cut for a shape, by what was fastest on an H100 (docs/log.md).
+
+    Args:
+        rows, outputs, inputs: M, N, K.
+        whole: the result is wanted in one piece (an activation follows).
+    """
+    block = _divisor(inputs, 128)
+    if whole:
+        return Thin(_divisor(outputs, 16 if outputs <= 2048 else 32), block, 1)
+    tile, parts = _divisor(outputs, 64), 1
+    while outputs // tile * parts < 128 and parts < 8 and inputs % (2 * parts * block) == 0:
+        parts *= 2
+    return Thin(tile, block, parts)
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(most, size & -size)
+
+
+@triton.jit
+def _thin_linear(
+    X,
+    W,
+    BIAS,
+    Y,
+    M,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GELU: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    length: tl.constexpr = K // PARTS
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    first = tl.program_id(1) * length
+    m = tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    weights = W + n.to(tl.int64) * K + first
+    if OVERLAP:
+        gdc_launch_dependents()
+        size = tl.full([OUTPUTS], 2 * length, tl.int32)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [weights.to(tl.int64, bitcast=True), size],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        gdc_wait()
+    total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    for start in tl.range(0, length, BLOCK_K, num_stages=STAGES):
+        w = tl.load(weights[:, None] + start + k[None, :])
+        x = tl.load(X + m[None, :] * K + first + start + k[:, None], mask=(m < M)[None, :], other=0.0)
+        total = tl.dot(w, x, total)
+    if HAS_BIAS:
+        total += tl.load(BIAS + n).to(tl.float32)[:, None]
+    if GELU:  # the tanh form: (1 + tanh z) / 2 = sigmoid(2 z)
+        total = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
+    y = Y + tl.program_id(1).to(tl.int64) * M * N + m[None, :] * N + n[:, None]
+    tl.store(y, total.to(Y.dtype.element_ty), mask=(m < M)[None, :])
+
+
+def thin_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    gelu: bool = False,
+    whole: bool = True,
+    cut: Thin | None = None,
+) -> Tensor:
+    """``x W^T + b`` for few rows.
+
+    Args:
+        x: ``[M, K]`` fp16 or bf16, contiguous, M at most `THIN_ROWS`.
+        weight: ``[N, K]``; N a multiple of the cut's outputs, K of its parts times its k.
+        bias: ``[N]``, or None.
+        gelu: the tanh form of GELU behind it.
+        whole: False returns parts to be added up, for a kernel that does so while it reads; without bias.
+        cut: `thin_parts` by default.
+
+    Returns: ``[M, N]`` of x's dtype, or fp32 ``[parts, M, N]``.
+    """
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    cut = cut or thin_parts(rows, outputs, inputs, whole=whole)
+    if outputs % cut.outputs or inputs % (cut.parts * cut.k) or (whole and cut.parts > 1):
+        raise ValueError(f"a product of {outputs} x {inputs} cannot be cut by {cut}")
+    if whole:
+        y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    else:
+        y = torch.empty((cut.parts, rows, outputs), dtype=torch.float32, device=x.device)
+    overlap = overlaps(x)
+    _thin_linear[(outputs // cut.outputs, cut.parts)](
+        x,
+        weight,
+        x if bias is None else bias,
+        y,
+        rows,
+        N=outputs,
+        K=inputs,
+        ROWS=max(16, triton.next_power_of_2(rows)),
+        OUTPUTS=cut.outputs,
+        BLOCK_K=cut.k,
+        PARTS=cut.parts,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        OVERLAP=overlap,
+        STAGES=cut.stages,
+        num_warps=cut.warps,
+        **launch_options(overlap),
+    )
+    return y
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether a kernel on this tensor's device may be set up beside the one before it: Hopper and later."""
+    return tensor.is_cuda and _capability(tensor.device.index) >= 9
+
+
+def launch_options(overlap: bool) -> dict[str, bool]:
+    """Options of a launch that may be set up beside the kernel before it."""
+    return {"launch_pdl": True} if overlap else {}
+
+
+@functools.cache
+def _capability(device: int) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+# ------------------------------------------------------------------------------------------------------- many rows
+
+_PROPOSALS = 32
+_WORKSPACE_BYTES = 64 << 20
+_DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
+_FLOAT32, _COMPUTE_FLOAT32 = 0, 68
+_TRANSPOSE_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
+_EPILOGUES = {False: 4, True: 36}  # BIAS, GELU_BIAS
+_MOST_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
+
+
+class _Proposal(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t."""
+
+    _fields_ = [
+        ("algorithm", ctypes.c_uint64 * 8),
+        ("workspace_bytes", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """cuBLASLt as PyTorch loaded it, or None."""
+    major = (torch.version.cuda or "").split(".")[0]
+    names = [f"libcublasLt.so.{major}"]
+    for folder in sys.path:
+        names += glob.glob(os.path.join(folder or ".", "nvidia", "*", "lib", f"libcublasLt.so.{major}"))
+    for name in names:
+        try:
+            library = ctypes.CDLL(name)
+        except OSError:
+            continue
+        pointer, integer = ctypes.c_void_p, ctypes.c_int
+        library.cublasLtMatmul.argtypes = [pointer] * 14 + [ctypes.c_size_t, pointer]
+        library.cublasLtMatmulAlgoGetHeuristic.argtypes = [pointer] * 7 + [integer, pointer, pointer]
+        library.cublasLtMatmulDescSetAttribute.argtypes = [pointer, integer, pointer, ctypes.c_size_t]
+        library.cublasLtMatmulPreferenceSetAttribute.argtypes = [pointer, integer, pointer, ctypes.c_size_t]
+        library.cublasLtMatrixLayoutCreate.argtypes = [
+            pointer, integer, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_int64,
+        ]  # fmt: skip
+        library.cublasLtMatmulDescCreate.argtypes = [pointer, integer, integer]
+        return library
+    return None
+
+
+def _check(code: int, what: str) -> None:
+    if code:
+        raise RuntimeError(f"cuBLASLt: {what} failed with status {code}")
+
+
+class _Product:
+    """``x W^T + b`` of one shape, ready for launching."""
+
+    def __init__(
+        self, library: ctypes.CDLL, handle: ctypes.c_void_p, shape: tuple[int, int, int], dtype: torch.dtype, gelu: bool
+    ) -> None:
+        self._library, self._handle = library, handle
+        rows, outputs, inputs = shape
+        kind = _DATA_TYPES[dtype]
+        self._descriptor = ctypes.c_void_p()
+        _check(
+            library.cublasLtMatmulDescCreate(ctypes.byref(self._descriptor), _COMPUTE_FLOAT32, _FLOAT32), "a descriptor"
+        )
+        self._set(_TRANSPOSE_A, ctypes.c_int32(1))
+        self._set(_EPILOGUE, ctypes.c_int32(_EPILOGUES[gelu]))
+        # cuBLAS counts by columns: [M, N] by rows is N x M by columns, so W is its A and x its B.
+        self._layouts = [ctypes.c_void_p() for _ in range(3)]
+        for layout, (height, width) in zip(
+            self._layouts, ((inputs, outputs), (inputs, rows), (outputs, rows)), strict=True
+        ):
+            _check(library.cublasLtMatrixLayoutCreate(ctypes.byref(layout), kind, height, width, height), "a layout")
+        self._one, self._zero, self._bias = ctypes.c_float(1.0), ctypes.c_float(0.0), ctypes.c_void_p()
+        self.algorithm = _Proposal()
+
+    def _set(self, attribute: int, value: ctypes.c_int32 | ctypes.c_void_p) -> None:
+        _check(
+            self._library.cublasLtMatmulDescSetAttribute(
+                self._descriptor, attribute, ctypes.byref(value), ctypes.sizeof(value)
+            ),
+            "an attribute",
+        )
+
+    def proposals(self, bias: Tensor) -> list[_Proposal]:
+        """What cuBLASLt's heuristic proposes for the shape, best guess first."""
+        self._bias.value = bias.data_ptr()
+        self._set(_BIAS_POINTER, self._bias)
+        preference, found = ctypes.c_void_p(), ctypes.c_int()
+        _check(self._library.cublasLtMatmulPreferenceCreate(ctypes.byref(preference)), "a preference")
+        most = ctypes.c_uint64(_WORKSPACE_BYTES)
+        self._library.cublasLtMatmulPreferenceSetAttribute(
+            preference, _MOST_WORKSPACE, ctypes.byref(most), ctypes.sizeof(most)
+        )
+        results = (_Proposal * _PROPOSALS)()
+        weights, x, y = self._layouts
+        code = self._library.cublasLtMatmulAlgoGetHeuristic(
+            self._handle, self._descriptor, weights, x, y, y, preference, _PROPOSALS, results, ctypes.byref(found)
+        )
+        self._library.cublasLtMatmulPreferenceDestroy(preference)
+        _check(code, "the heuristic")
+        return [result for result in results[: found.value] if result.state == 0]
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, y: Tensor, workspace: Tensor) -> int:
+        """Queues the product on the current stream; returns cuBLASLt's status."""
+        self._bias.value = bias.data_ptr()
+        self._set(_BIAS_POINTER, self._bias)
+        of_weight, of_x, of_y = self._layouts
+        status: int = self._library.cublasLtMatmul(
+            self._handle, self._descriptor, ctypes.byref(self._one), weight.data_ptr(), of_weight, x.data_ptr(), of_x,
+            ctypes.byref(self._zero), y.data_ptr(), of_y, y.data_ptr(), of_y, ctypes.byref(self.algorithm.algorithm),
+            workspace.data_ptr(), workspace.numel(), torch.cuda.current_stream(x.device).cuda_stream,
+        )  # fmt: skip
+        return status
+
+
+class Products:
+    """The products of one model, each shape's algorithm chosen by the clock when it is first met.
+
+    They share a workspace, so one object serves one stream. Where cuBLASLt is not found, PyTorch's own choice runs.
+    First meetings cannot be captured in a CUDA graph.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._library = _library() if device.type == "cuda" else None
+        self._chosen: dict[tuple[tuple[int, int, int], torch.dtype, bool], _Product] = {}
+        if self._library is not None:
+            self._handle = ctypes.c_void_p()
+            _check(self._library.cublasLtCreate(ctypes.byref(self._handle)), "its handle")
+            self._workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool = False, like: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """``x W^T + b``, and the tanh form of GELU of it where asked for.
+
+        Args:
+            x: ``[..., K]`` fp16 or bf16, contiguous. weight: ``[N, K]``. bias: ``[N]`` of the same dtype.
+            like: weights of the same shape in other layers. Candidates are timed over all of them, since a weight that
+                is used twice in turn comes from the cache, as it never does in the model.
+
+        Returns: ``[..., N]``.
+        """
+        if self._library is None:
+            y = F.linear(x, weight, bias)
+            return F.gelu(y, approximate="tanh") if gelu else y
+        flat = x.view(-1, x.shape[-1])
+        y = torch.empty((flat.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+        key = ((flat.shape[0], *weight.shape), x.dtype, gelu)
+        product = self._chosen.get(key)
+        if product is None:
+            product = _Product(self._library, self._handle, key[0], x.dtype, gelu)
+            self._choose(product, flat, like or (weight,), bias, y)
+            self._chosen[key] = product
+        _check(product(flat, weight, bias, y, self._workspace), "a product")
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def _choose(self, product: _Product, x: Tensor, weights: Sequence[Tensor], bias: Tensor, y: Tensor) -> None:
+        """Times every proposal over the given weights, then the best four again, in turn."""
+        weights = weights[:8]
+
+        def pass_ms(proposal: _Proposal) -> float:
+            product.algorithm = proposal
+
+            def run() -> int:
+                return max(product(x, weight, bias, y, self._workspace) for weight in weights)
+
+            return _elapsed_ms(run)
+
+        proposals = product.proposals(bias)
+        if not proposals:
+            raise RuntimeError("cuBLASLt proposes no algorithm for a product")
+        first = {index: pass_ms(proposal) for index, proposal in enumerate(proposals)}
+        best = sorted(first, key=first.__getitem__)[:4]
+        times = {index: statistics.median(pass_ms(proposals[index]) for _ in range(3)) for index in best}
+        product.algorithm = proposals[min(times, key=times.__getitem__)]
+
+
+def _elapsed_ms(run: Callable[[], int]) -> float:
+    """Time of the second of two runs; infinite where one fails."""
+    if run():
+        return float("inf")
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    failed = run()
+    end.record()
+    end.synchronize()
+    return float("inf") if failed else begin.elapsed_time(end)
