@@ -279,13 +279,17 @@ def residual_vectors(quantizer: plain.ResidualQuantizer, scales: Scales, feature
 
 
 def demo_sizes(
-    channels: Sequence[int] = (64, 64, 64, 96),
+    channels: Sequence[int] = (64, 32, 64, 128),
     latent_channels: int = 16,
     vocab: int = 1024,
     patch_nums: Sequence[int] = PATCHES,
-    res_blocks: int = 1,
+    res_blocks: int = 0,
 ) -> VQVAESpec:
-    """Return the sizes of the demo's VQVAE without an encoder: stride 8, 256 pixels to 32 x 32."""
+    """Return the sizes of the demo's VQVAE without an encoder: stride 8, 256 pixels to 32 x 32.
+
+    The last level is wide because of its norm (`begin_as_enlarging`), the one before it narrow because the
+    convolution that enlarges to 256 x 256 has its width.
+    """
     return VQVAESpec(
         channels=tuple(channels),
         stem=channels[0],
@@ -332,25 +336,24 @@ def tokenize(quantizer: plain.ResidualQuantizer, features: Tensor, corrupt: floa
     """Return labels `[B, L]` int64 and transformer inputs `[B, L - 1, d]` fp32 of encoder features `[B, d, P, P]`.
 
     With `corrupt`, each picture gets a share of wrong tokens, uniform in [0, corrupt): one of the four next nearest
-    codes instead of the nearest. What later scales see and have to code includes the mistake, so the transformer
+    codes of the nearest instead of it. What later scales see and have to code includes the mistake, so the transformer
     learns to repair what sampling will do to it (bitwise self-correction of the Infinity paper, for a codebook).
     """
     features = features.float()
     batch, channels = features.shape[:2]
     device, codebook = features.device, quantizer.embedding.weight
+    square = codebook.square().sum(1)
+    beside = (square - 2 * codebook @ codebook.T).topk(5, dim=1, largest=False).indices[:, 1:]  # [V, 4]
     share = corrupt * torch.rand(batch, 1, device=device)
     total = torch.zeros_like(features)
     labels, inputs = [], []
     scales = Scales(quantizer.spec.patch_nums, device)
     for s, n in enumerate(scales.edges):
         small = scales.shrink(features - total, s).permute(0, 2, 3, 1).reshape(-1, channels)
-        distance = codebook.square().sum(1) - 2 * small @ codebook.T
-        near = distance.topk(5 if corrupt else 1, dim=1, largest=False).indices.view(batch, n * n, -1)
-        labels.append(near[..., 0])
-        seen = near[..., 0]
-        if corrupt:
-            other = near.gather(2, torch.randint(1, 5, (batch, n * n, 1), device=device)).squeeze(2)
-            seen = torch.where(torch.rand(batch, n * n, device=device) < share, other, seen)
+        token = (square - 2 * small @ codebook.T).argmin(1).view(batch, n * n)
+        labels.append(token)
+        other = beside[token, torch.randint(4, token.shape, device=device)]
+        seen = torch.where(torch.rand(token.shape, device=device) < share, other, token)
         maps = F.embedding(seen.view(batch, n, n), codebook).permute(0, 3, 1, 2)
         total = total + quantizer.phi(scales.enlarge(maps, s), s)
         if s + 1 < len(scales.edges):

@@ -30,6 +30,7 @@ from toprovar.demo.pictures import CLASSES, render
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Layer = Callable[[nn.Module, Tensor, Tensor, Attend], Tensor]
 FIRST_SEED = 1 << 30  # other pictures than the VQVAE saw
+_LOSS_POWER = 0.35  # see scale_weights
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
@@ -117,7 +118,8 @@ def forward(
 
     Args:
         labels: `[B]`, the number of classes for the unconditional branch.
-        inputs: `[B, L - 1, channels]`, the accumulated codes resized to each scale from the second on.
+        inputs: `[B, L - 1, channels]`, the accumulated codes resized to each scale from the second on; the last scales
+            may be left out.
         layer: `run_layer`, or its compiled form: compiled once, it serves all layers.
 
     Returns: the last layer's output `[L, B, C]` and the context that `model.head` takes.
@@ -126,7 +128,7 @@ def forward(
     context = model._modulation(class_vectors)
     first = class_vectors + model.pos_start.transpose(0, 1)
     x = torch.cat((first, model.word_embed(inputs.transpose(0, 1)).float()))
-    x = x + (model.pos_1LC[0] + model.lvl_embed(model.lvl_1L[0])).unsqueeze(1)
+    x = x + (model.pos_1LC[0] + model.lvl_embed(model.lvl_1L[0]))[: len(x)].unsqueeze(1)
     for block, modulation in zip(model._layers, context["modulation"].unbind(0), strict=True):
         x = layer(block, x, modulation, attend)
     return x, context
@@ -142,6 +144,17 @@ def scale_weights(tokens: Sequence[int], power: float, device: torch.device) -> 
     return weights / weights.mean()
 
 
+def split_parameters(model: VAR) -> tuple[list[tuple[nn.Parameter, int]], list[nn.Parameter]]:
+    """Return the matrices inside the layers, which `Muon` trains, with their pieces, and all other parameters."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight")):
+            matrices.append((parameter, 3 if "qkv" in name else 1))
+        elif not name.startswith("vae."):
+            others.append(parameter)
+    return matrices, others
+
+
 # ------------------------------------------------------------------------------------------------------------- training
 
 
@@ -150,17 +163,18 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint of train_vqvae.py")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=48, help="pictures a step, per process")
+    parser.add_argument("--batch", type=int, default=36, help="whole pictures a step, per process")
+    parser.add_argument("--short", type=int, default=144, help="pictures a step of which the first scales are seen")
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=1.2e-3)
-    parser.add_argument("--loss-power", type=float, default=0.25)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW")
+    parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--pool", type=int, default=12288)
+    parser.add_argument("--pool", type=int, default=24576)
     parser.add_argument("--lot", type=int, default=768)
-    parser.add_argument("--reuse", type=float, default=3.0)
-    parser.add_argument("--corrupt", type=float, default=0.15, help="most tokens a picture's inputs get wrong")
+    parser.add_argument("--reuse", type=float, default=4.0)
+    parser.add_argument("--corrupt", type=float, default=0.2, help="most tokens a picture's inputs get wrong")
     parser.add_argument("--rehearse", action="store_true", help="time --steps, save nothing; no --vae needed")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -190,33 +204,42 @@ def main() -> None:
     parameters, tokens_of = list(named.values()), model.spec.tokens
     team.same(parameters)
     torch.manual_seed(1000 + team.rank)  # from here on processes differ: in wrong tokens, not in weights
-    attend = attend_by_scale(tokens_of, device)
-    weights = scale_weights(tokens_of, args.loss_power, device)
-    optimiser = training.adamw(parameters, device, 0.05, (0.9, 0.95))
+    few = len(tokens_of) - 2  # scales of a short picture, a quarter of the tokens: four times as many pictures
+    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in (len(tokens_of), few)]
+    weights = scale_weights(tokens_of, _LOSS_POWER, device)
+    matrices, others = split_parameters(model)
+    muon, optimiser = training.Muon(matrices), training.adamw(others, device, 0.02, (0.9, 0.95))
     average = training.Average(named, 0.998)
 
-    def token_loss(x: Tensor, head_modulation: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def token_loss(x: Tensor, head_modulation: Tensor, tokens: Tensor) -> Tensor:
+        """Nats of every token, summed over the pictures, `[L]`."""
         logits = model.head(x, {"head_modulation": head_modulation})
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens.T.flatten(), reduction="none").view(tokens.T.shape)
-        return (loss * weights[:, None]).mean(), loss.detach().mean(1)
+        return F.cross_entropy(logits.flatten(0, 1), tokens.T.flatten(), reduction="none").view(tokens.T.shape).sum(1)
 
     layer: Layer = run_layer
     if args.compile:
         layer, token_loss = torch.compile(run_layer, dynamic=False), torch.compile(token_loss, dynamic=False)
 
-    def step(labels: Tensor, tokens: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Forward and backward: the loss, and the nats of every token `[L]`."""
+    def step(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
+        """Forward and backward of `batch` whole and `short` short pictures: the nats of every token `[L]`."""
+        nats = torch.zeros(sum(tokens_of), device=device)
+        pictures = torch.full_like(nats, args.batch)
+        pictures[: views[1][1]] += args.short
         with team.autocast(cache=not args.graph):
-            x, context = forward(model, labels, inputs.float(), attend, layer)
-            loss, by_token = token_loss(x, context["head_modulation"], tokens.long())
-        loss.backward()
-        return loss.detach(), by_token
+            for part, (attend, length) in zip((slice(args.batch), slice(args.batch, None)), views, strict=True):
+                x, context = forward(model, labels[part], inputs[part, : length - 1].float(), attend, layer)
+                summed = token_loss(x, context["head_modulation"], tokens[part, :length].long())
+                nats = nats + F.pad(summed, (0, len(nats) - length))
+        nats = nats / pictures
+        (nats * weights).mean().backward()
+        return nats.detach()
 
     clock = training.Clock(team, args.minutes, args.steps)
     saved = None if args.rehearse else training.load_checkpoint(args.out / "var.ckpt", device)
     if saved:
         model.load_state_dict(saved["model"], strict=False)
         optimiser.load_state_dict(saved["optimiser"])
+        muon.load(saved["muon"])
         average.mean, average.count = saved["average"], int(saved["average_count"])
         clock.load(saved["clock"])
         seeds.next = saved["seeds"]
@@ -227,20 +250,22 @@ def main() -> None:
     millions = sum(p.numel() for p in parameters) / 1e6
     team.say(f"var: {millions:.2f} M parameters, pool ready {time.perf_counter() - began:.1f} s")
     generator = torch.Generator(device=device).manual_seed(7 + team.rank + clock.step)
-    going, began, marked, history = True, time.perf_counter(), None, []
+    going, began, marked, history, first = True, time.perf_counter(), None, [], clock.step
     while going:
-        labels, tokens, inputs = pool.take(args.batch)
+        labels, tokens, inputs = pool.take(args.batch + args.short)
         dropped = torch.rand(len(labels), generator=generator, device=device) < 0.1
         labels = torch.where(dropped, len(CLASSES), labels)
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, args.lr)
+        muon.lr = training.cosine(clock.share, args.muon_lr)
         if marked is None and args.graph:
             step = training.captured(step, labels, tokens, inputs)
-        optimiser.zero_grad(set_to_none=not args.graph)
-        _, by_token = step(labels, tokens, inputs)
+        model.zero_grad(set_to_none=not args.graph)  # a captured graph adds to the gradients it knows
+        by_token = step(labels, tokens, inputs)
         team.average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 2.0)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
         optimiser.step()
+        muon.step()
         average.update()
         if marked is None:  # the first step compiles: it is not training time
             if device.type == "cuda":
@@ -251,14 +276,14 @@ def main() -> None:
         going = clock.tick()
         if clock.step % 100 == 0 or not going or (args.rehearse and clock.step % 10 == 0):
             scales = [round(float(part.mean()), 2) for part in by_token.split(tokens_of)]
-            rate = clock.step * args.batch * team.size / max(1e-9, time.perf_counter() - marked)
+            rate = (clock.step - first) * args.batch * team.size / max(1e-9, time.perf_counter() - marked)
             history.append((clock.step, round(float(by_token.mean()), 4)))
             team.say(
                 f"var step {clock.step} share {clock.share:.3f} nats/token {float(by_token.mean()):.3f} "
                 f"by scale {scales} pictures/s {rate:.0f}"
             )
-        if team.leads and not args.rehearse and clock.step % 1000 == 0:
-            state = {"model": named, "optimiser": optimiser.state_dict(), "average": average.mean}
+        if team.leads and not args.rehearse and (clock.step % 1000 == 0 or not going):
+            state = {"model": named, "optimiser": optimiser.state_dict(), "muon": muon.state(), "average": average.mean}
             state |= {"average_count": average.count, "clock": clock.state(), "seeds": seeds.next}
             training.save_checkpoint(args.out / "var.ckpt", state)
     if team.leads and not args.rehearse:
@@ -270,13 +295,15 @@ def main() -> None:
             "width": args.width,
             "patches": list(vae.spec.patch_nums),
             "steps": clock.step,
-            "batch": args.batch * team.size,
+            "batch": [args.batch * team.size, args.short * team.size],
             "pictures_seen": clock.step * args.batch * team.size,
+            "short_pictures_seen": clock.step * args.short * team.size,
             "pictures_drawn": (seeds.next - FIRST_SEED) * team.size,
             "nats_per_token": history[-1][1],
             "nats_per_token_by_scale": scales,
             "history": history,
             "lr": args.lr,
+            "muon_lr": args.muon_lr,
             "minutes": round((time.perf_counter() - began) / 60, 2),
             "machine": training.machine(team.size),
             "size_bytes": size,

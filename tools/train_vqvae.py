@@ -1,4 +1,4 @@
-"""Train the demo's VQVAE on freshly drawn pictures: `python tools/train_vqvae.py --minutes 1.3 --out DIR`.
+"""Train the demo's VQVAE on freshly drawn pictures: `python tools/train_vqvae.py --minutes 3.4 --out DIR`.
 
 First a plain autoencoder for a few steps, then the codebook is set by k-means on what the scales have to code, then
 everything together. On a GPU forward and backward of a step are one CUDA graph: uncaptured, launching its two thousand
@@ -68,11 +68,9 @@ class ReconstructionLoss:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=1.3)
+    parser.add_argument("--minutes", type=float, default=3.4)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--channels", type=int, nargs="+", default=[64, 64, 64, 96])
-    parser.add_argument("--latent", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--patches", type=int, nargs="+", default=list(PATCHES))
     parser.add_argument("--lr", type=float, default=6e-4)
@@ -85,7 +83,7 @@ def main() -> None:
     torch.manual_seed(0)
     team = training.Team()
     device = team.device
-    spec = demo_sizes(args.channels, args.latent, args.vocab, args.patches)
+    spec = demo_sizes(vocab=args.vocab, patch_nums=args.patches)
     model = PictureVq(spec).to(device, memory_format=torch.channels_last)
     quicken(model.vae.decoder)
     quantizer, scales = model.vae.quantize, Scales(spec.patch_nums, device)

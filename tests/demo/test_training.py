@@ -196,3 +196,32 @@ def test_frechet_distance_of_known_gaussians() -> None:
     b = 2 * torch.randn(20000, 3, generator=generator) + 1
     assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
     assert frechet_distance(a, b) == pytest.approx(3 + 3, rel=0.05)  # |shift|^2 = 3, (2 - 1)^2 an axis = 3
+
+
+def test_orthogonal_draws_singular_values_near_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((3, 16, 16), (2, 32, 8), (2, 8, 32)):
+        made = training.orthogonal(torch.randn(shape, generator=generator))
+        values = torch.linalg.svdvals(made)
+        assert values.min() > 0.2 and values.max() < 1.4
+
+
+def test_muon_descends_and_goes_on_from_its_state() -> None:
+    torch.manual_seed(0)
+    goal = torch.randn(12, 4) * 0.1
+    weights = [torch.nn.Parameter(torch.zeros(12, 4)) for _ in range(2)]
+    muons = [training.Muon([(weight, 3)]) for weight in weights]
+
+    def step(which: int) -> float:
+        loss = (weights[which] - goal).square().sum()
+        weights[which].grad = torch.autograd.grad(loss, weights[which])[0]
+        muons[which].lr = 0.02
+        muons[which].step()
+        return float(loss.detach())
+
+    losses = [step(0) for _ in range(30)]
+    assert losses[-1] < 0.2 * losses[0]
+    weights[1].data.copy_(weights[0])
+    muons[1].load(muons[0].state())
+    step(0), step(1)
+    assert torch.equal(weights[0], weights[1])
