@@ -27,8 +27,8 @@ constexpr char const* kUSAGE = R"(toprovar_run: runs a bundle with no Python
   --prompt-class NAME  of a text; default: the first of the bundle
   --seed N             of the first picture, the next ones count up; default 0
   -o, --output FILE    PNG; of a batch, picture i goes to FILE with -i before its ending; default out.png
-  --verify             replay the golden trace: equal tokens, and pictures within the tolerance
-  --tolerance X        largest difference of a pixel in [0, 1]; default 0.001
+  --verify             replay the golden trace: tokens, and pictures within the tolerance
+  --tolerance X        largest difference of a pixel in [0, 1]; default 0.001, in half precision 2/255
   --bench              measure, and print JSON as `toprovar bench` writes it
   --repeat N, --warmup N   measured runs (10) and runs before them (2)
   --batch N            images at once; default: as many as --label, else what the engines were built for
@@ -47,7 +47,7 @@ struct Options {
     std::string output = "out.png";
     bool verify = false;
     bool bench = false;
-    double tolerance = kIMAGE_TOLERANCE;
+    std::optional<double> tolerance;
     int64_t repeat = 10;
     int64_t warmup = 2;
     int64_t batch = 0;

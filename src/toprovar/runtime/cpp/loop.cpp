@@ -14,6 +14,8 @@ namespace {
 
 constexpr char const* kZEROS = "zeros";      // stands in for restore caches that are not filled yet
 constexpr char const* kSCRATCH = "scratch";  // takes span deltas that no cache takes
+// Above all others, which are 0: no noise, guidance or temperature changes the choice, and fp16 holds the sum of both.
+constexpr float kCERTAIN_LOGIT = 1e3F;
 
 std::string numbered(char const* name, size_t i) {
     return text(name, "_", i);
@@ -245,7 +247,8 @@ Loop::Turn Loop::bindTurn(size_t index, ScaleStep const& step, int64_t following
     if (!found) {
         throw Error(text(bundle_.root().string(), ": advance has no output tokens; export the bundle again"));
     }
-    Buffers given{{"logits", outputs.at("logits")}, {"codes", codes(index)}};
+    turn.logits = outputs.at("logits");
+    Buffers given{{"logits", turn.logits}, {"codes", codes(index)}};
     if (buffers_.count("noise") != 0) {
         turn.hasNoise = true;
         turn.noise = buffers_.at("noise").view({step.tokens, batch_, manifest_.logits});
@@ -304,7 +307,8 @@ Buffers Loop::take(std::string const& graph, std::vector<TensorInfo> const& tens
 
 // --- running --------------------------------------------------------------------------------------------------------
 
-Trace Loop::run(std::string const& promptClass, Condition const& condition, std::vector<uint64_t> const& seeds) {
+Trace Loop::run(std::string const& promptClass, Condition const& condition, std::vector<uint64_t> const& seeds,
+                Tokens const* follow) {
     auto const turns = turns_.find(promptClass);
     if (turns == turns_.end()) {
         throw Error(text(bundle_.root().string(), ": no prompt class '", promptClass, "'"));
@@ -337,6 +341,11 @@ Trace Loop::run(std::string const& promptClass, Condition const& condition, std:
         timing.stepMs = measured(turn.step);
         timing.advanceMs = measured(turn.advance);
         trace.timing.scales.push_back(timing);
+        if (follow != nullptr) {
+            trace.tokens[turn.scale] = readTokens(turn);
+            writeCertain(turn, follow->at(turn.scale));
+            turn.advance();  // reads the codes that it read before, and writes over what it gave
+        }
     }
     size_t const last = turns->second.size();
     trace.timing.decodeMs = measured(decode_[last % 2]);
@@ -344,12 +353,9 @@ Trace Loop::run(std::string const& promptClass, Condition const& condition, std:
     trace.timing.totalMs = now() - start;
 
     for (Turn const& turn : turns->second) {
-        HostTensor tokens;
-        tokens.type = turn.tokens.type;
-        tokens.shape = turn.tokens.shape;
-        tokens.bytes.resize(turn.tokens.sizeBytes());
-        target_.read(turn.tokens, tokens.bytes.data());
-        trace.tokens[turn.scale] = tokens.integers();
+        if (follow == nullptr) {
+            trace.tokens[turn.scale] = readTokens(turn);
+        }
     }
     trace.codes = readFloats(codes(last));
     return trace;
@@ -380,6 +386,41 @@ void Loop::writeIntegers(std::string const& name, std::vector<int32_t> const& va
                          " values; the bundle takes one int32 per image of its batch of ", batch_));
     }
     target_.write(found->second, values.data());
+}
+
+std::vector<int64_t> Loop::readTokens(Turn const& turn) {
+    HostTensor tokens;
+    tokens.type = turn.tokens.type;
+    tokens.shape = turn.tokens.shape;
+    tokens.bytes.resize(turn.tokens.sizeBytes());
+    target_.read(turn.tokens, tokens.bytes.data());
+    return tokens.integers();
+}
+
+// Logits [N, R, V] from which advance can only draw these tokens, [B, N], or [B, N, bits] with V = bits * 2.
+void Loop::writeCertain(Turn const& turn, std::vector<int64_t> const& tokens) {
+    if (tokens.size() != turn.tokens.count()) {
+        throw Error(text(bundle_.root().string(), ": golden tokens of scale ", turn.scale, " are ", tokens.size(),
+                         " values, not ", turn.tokens.count(), "; export it again"));
+    }
+    int64_t const count = turn.logits.shape[0];
+    int64_t const values = turn.logits.shape[2];
+    int64_t const bits = static_cast<int64_t>(tokens.size()) / (batch_ * count);
+    int64_t const choices = values / bits;
+    std::vector<float> certain(turn.logits.count(), 0.F);
+    for (int64_t n = 0; n < count; ++n) {
+        for (int64_t row = 0; row < rows_; ++row) {
+            for (int64_t bit = 0; bit < bits; ++bit) {
+                // A golden trace may hold any number; it is counted as wrong where tokens are compared.
+                auto const from = static_cast<size_t>(((row % batch_) * count + n) * bits + bit);
+                int64_t const choice = std::clamp<int64_t>(tokens[from], 0, choices - 1);
+                certain[static_cast<size_t>((n * rows_ + row) * values + bit * choices + choice)] = kCERTAIN_LOGIT;
+            }
+        }
+    }
+    std::vector<uint8_t> bytes(turn.logits.sizeBytes());
+    fromFloat(certain.data(), certain.size(), turn.logits.type, bytes.data());
+    target_.write(turn.logits, bytes.data());
 }
 
 std::vector<float> Loop::readFloats(Buffer const& buffer) {

@@ -30,9 +30,12 @@ struct Timing {
     double transformerMs() const noexcept;
 };
 
-// What one batch gave: tokens by scale, each [B, N] or [B, N, bits]; codes [B, Cv, h, w]; images [B, 3, height, width].
+// By scale, each [B, N] or [B, N, bits].
+using Tokens = std::map<int64_t, std::vector<int64_t>>;
+
+// What one batch gave: tokens by scale; codes [B, Cv, h, w]; images [B, 3, height, width].
 struct Trace {
-    std::map<int64_t, std::vector<int64_t>> tokens;
+    Tokens tokens;
     std::vector<float> codes;
     std::vector<float> images;
     Timing timing;
@@ -51,8 +54,10 @@ public:
     Loop(Bundle const& bundle, Target& target, int64_t batch);
 
     // Makes B pictures; `seeds` has one per image. The host waits for the device after every graph, so that each is
-    // timed.
-    Trace run(std::string const& promptClass, Condition const& condition, std::vector<uint64_t> const& seeds);
+    // timed. With `follow`, each scale still gives its own tokens, but those of `follow` are what is added to the codes
+    // and what the next scale is shown.
+    Trace run(std::string const& promptClass, Condition const& condition, std::vector<uint64_t> const& seeds,
+              Tokens const* follow = nullptr);
 
     int64_t batch() const noexcept { return batch_; }
 
@@ -63,6 +68,7 @@ private:
         Buffer noise;
         Run step;
         Run advance;
+        Buffer logits;
         Buffer tokens;
     };
 
@@ -79,6 +85,8 @@ private:
     int64_t cached(ScaleStep const& step) const;
     void writeFloats(std::string const& name, std::vector<float> const& values);
     void writeIntegers(std::string const& name, std::vector<int32_t> const& values);
+    void writeCertain(Turn const& turn, std::vector<int64_t> const& tokens);
+    std::vector<int64_t> readTokens(Turn const& turn);
     std::vector<float> readFloats(Buffer const& buffer);
     double measured(Run const& run);
 

@@ -20,21 +20,24 @@ struct ClassVerdict {
     std::string promptClass;
     size_t images = 0;
     std::vector<std::pair<int64_t, size_t>> wrongTokens;  // scale, how many
+    size_t nbTokens = 0;                                  // of all scales
     double imageError = 0;                                // largest difference of a pixel in [0, 1]
     double tolerance = 0;
+    double mostFlips = 0;
 
     std::optional<int64_t> firstWrongScale() const noexcept;
+    double flips() const noexcept;  // part of all tokens that differ
     bool passed() const noexcept;
     std::string line() const;
 };
 
-// Largest difference of a pixel between two targets in fp32 (runtime/verify.py: IMAGE_TOLERANCE).
-inline constexpr double kIMAGE_TOLERANCE = 1e-3;
-
-std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, double tolerance);
+// Replays the golden trace, each scale shown the golden tokens of those before it; as runtime/verify.py, with its
+// limits. `tolerance`: largest difference of a pixel; none: that of the bundle's precision.
+std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional<double> tolerance);
 
 // The document of runtime/bench.py: same schema, same keys. Throws Error where the bundle fails its golden trace.
 nlohmann::ordered_json bench(Bundle const& bundle, Loop& loop, std::string const& target,
-                             std::string const& description, int64_t repeat, int64_t warmup, double tolerance);
+                             std::string const& description, int64_t repeat, int64_t warmup,
+                             std::optional<double> tolerance);
 
 }  // namespace toprovar::runtime
