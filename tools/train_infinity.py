@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import cast
 
@@ -106,12 +107,9 @@ def forward(
 
     Returns: the last layer's output `[L, B, C]` and the context that `model.head` takes.
     """
-    device, sizes = inputs.device, torch.tensor(model.spec.tokens, device=inputs.device)
     pooled, source, bias = model.condition(text, lengths)
     context = model.context(pooled, source, bias)
-    total = inputs.shape[1] + 1
-    level = torch.arange(len(sizes), device=device).repeat_interleave(sizes, output_size=sum(model.spec.tokens))[:total]
-    rope = rope_of(model, total, device)
+    level, rope = places(model, inputs.shape[1] + 1, inputs.device)
     first = (pooled + model.pos_start[0].float())[None]
     x = torch.cat([first, model.word_embed(inputs.transpose(0, 1)).float()]) + model.lvl_embed(level).float()[:, None]
     for index, block in enumerate(model.blocks):
@@ -119,15 +117,13 @@ def forward(
     return x, context
 
 
-_ropes: dict[tuple[int, torch.device], Tensor] = {}
-
-
-def rope_of(model: Infinity, total: int, device: torch.device) -> Tensor:
-    """Rope tables of the first `total` tokens, made once: a CUDA graph cannot copy from the host."""
-    key = total, device
-    if key not in _ropes:
-        _ropes[key] = torch.cat([model.rope(s) for s in range(model.spec.scales)])[:total].to(device)
-    return _ropes[key]
+@cache
+def places(model: Infinity, total: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scale `[total]` and rope table `[total, 1, D]` of the first tokens, made once: a CUDA graph cannot copy them."""
+    spec = model.spec
+    level = torch.repeat_interleave(torch.arange(spec.scales), torch.tensor(spec.tokens))
+    rope = torch.cat([model.rope(s) for s in range(spec.scales)])
+    return level[:total].to(device), rope[:total].to(device)
 
 
 def pack(bits: Tensor) -> Tensor:
