@@ -8,7 +8,7 @@ before it wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -69,13 +69,17 @@ class InfinityGraphs:
         self._constants = [backbone.scale_constants(s, after) for s, after in zip(scales, following, strict=True)]
         self._decoder = FusedDecoder(backbone.vae, getattr(torch, decoder_dtype))
 
+        self.bits: list[Tensor | None] = [None] * len(self.runs)
+        """What the last call drew, a scale run: ``[B, N, bits]`` int32 on the device."""
+        self._followed = torch.zeros((), dtype=torch.bool, device=device)
+        self._given = [torch.zeros(images, r.tokens, spec.bits, dtype=torch.int32, device=device) for r in self.runs]
         self.seeds = torch.zeros(images, dtype=torch.int64, device=device)
         text = torch.zeros(images, text_tokens, spec.text_width, device=device)
         lengths = torch.full((images,), text_tokens, dtype=torch.int64, device=device)
         self._condition = [text, lengths, *([text.clone(), lengths.clone()] if negative else [])]
         self._context: dict[str, Tensor] = {}
         self._x: Tensor | None = None
-        self._codes = backbone.initial_codes(images)
+        self.codes = backbone.initial_codes(images)
         self.image: Tensor | None = None
 
         self.stages: list[tuple[str, Callable[[], None]]] = [("prefix", self._prefix)]
@@ -92,7 +96,7 @@ class InfinityGraphs:
         prefix = self.backbone.prefix(*self._condition, text_keys=self._text_keys)
         self._context = prefix.context
         self._x = prefix.x0.clone()
-        self._codes = torch.zeros_like(self._codes)
+        self.codes = torch.zeros_like(self.codes)
 
     def _scale(self, index: int) -> None:
         run, constants, backbone = self.runs[index], self._constants[index], self.backbone
@@ -107,11 +111,13 @@ class InfinityGraphs:
             top_p=sampling.top_p,
             greedy=sampling.top_k == 1,
         )
-        self._codes = backbone.accumulate(bits, self._codes, constants)
-        self._x = backbone.next_input(self._codes, constants) if "next_position" in constants else None
+        self.bits[index] = bits
+        shown = torch.where(self._followed, self._given[index], bits)
+        self.codes = backbone.accumulate(shown, self.codes, constants)
+        self._x = backbone.next_input(self.codes, constants) if "next_position" in constants else None
 
     def _decode(self) -> None:
-        self.image = self._decoder(self._codes)
+        self.image = self._decoder(self.codes)
 
     @torch.no_grad()
     def _capture(self) -> None:
@@ -131,15 +137,15 @@ class InfinityGraphs:
             replays.append((name, graph.replay))
         self.stages = replays
 
-    @torch.no_grad()
-    def generate(self, condition: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
-        """Pictures from text.
+    def load(
+        self, condition: Sequence[Tensor], seeds: Sequence[int], follow: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Gives the stages what they read; running all of `stages` in order then makes the pictures.
 
         Args:
             condition: as `Infinity.prefix` takes it; text features ``[B, T, text_width]`` with this object's B and T.
             seeds: B of them.
-
-        Returns: RGB ``[B, 3, height, width]`` fp32 in [0, 1] on the device; the next call overwrites it.
+            follow: bits ``[B, N, bits]`` by scale that are added up and shown to the next scale in place of those drawn.
 
         Raises:
             InputError: sizes other than those this object was made for, or lengths below T without `padded`.
@@ -157,6 +163,18 @@ class InfinityGraphs:
         for found, buffer in zip(condition, self._condition, strict=True):
             buffer.copy_(found)
         self.seeds.copy_(torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds]))
+        self._followed.fill_(follow is not None)
+        if follow is not None:
+            for run, buffer in zip(self.runs, self._given, strict=True):
+                buffer.copy_(follow[run.scale])
+
+    @torch.no_grad()
+    def generate(self, condition: Sequence[Tensor], seeds: Sequence[int]) -> Tensor:
+        """Pictures from text; arguments and errors as of `load`.
+
+        Returns: RGB ``[B, 3, height, width]`` fp32 in [0, 1] on the device; the next call overwrites it.
+        """
+        self.load(condition, seeds)
         for _, stage in self.stages:
             stage()
         assert self.image is not None

@@ -185,7 +185,8 @@ class Session:
 
     def _loop(self, batch: int) -> Loop:
         if batch not in self._loops:
-            self._loops[batch] = Loop(self.bundle, self.target, batch)
+            own = getattr(self.target, "loop", None)  # of target torch on a GPU
+            self._loops[batch] = (own(batch) if own else None) or Loop(self.bundle, self.target, batch)
         return self._loops[batch]
 
     def _batches(self, classes: Sequence[str]) -> list[list[int]]:

@@ -1,7 +1,8 @@
 """Target `torch`: the bundle's plan, run by PyTorch from the original checkpoint. What other targets are compared with.
 
 It reads schedules, constants and roles from the bundle, as every target does, and takes the mathematics of the four
-graphs from `toprovar.backbones`. So it needs PyTorch and the checkpoint, which a deployment machine does not.
+graphs from `toprovar.backbones`. So it needs PyTorch and the checkpoint, which a deployment machine does not. On a GPU,
+Infinity in half precision runs as CUDA graphs of fused kernels instead (`toprovar.runtime.torch_graphs`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from toprovar.runtime.target import Array, Buffer, Run
 
 if TYPE_CHECKING:
     import torch
+
+    from toprovar.runtime.torch_graphs import GraphLoop
 
 __all__ = ["Torch", "open"]
 
@@ -89,7 +92,13 @@ class Torch:
         )
         dtype = getattr(torch, manifest.precision)
         self.backbone = backbones.load(
-            manifest.backbone, checkpoint, vae, sampling=sampling, dtype=dtype, device=torch.device(device)
+            manifest.backbone,
+            checkpoint,
+            vae,
+            sampling=sampling,
+            dtype=dtype,
+            device=torch.device(device),
+            **manifest.provenance.load_options,
         )
         names = {tensor.name for tensor in bundle.graph("step").inputs}
         restore = "cache" if Names.SPAN_CACHE.format(i=0) in names else "identity"
@@ -98,6 +107,21 @@ class Torch:
         self._bundle = bundle
         self._torch = torch
         self._device = device
+
+    def loop(self, batch: int) -> GraphLoop | None:
+        """The loop over scales where this target has a faster one of its own; None: the four graphs are bound."""
+        from toprovar.backbones.infinity import Infinity
+
+        half = self._bundle.manifest.precision != "float32"
+        if self._device != "cuda" or not half or not isinstance(self.backbone, Infinity):
+            return None
+        try:
+            from toprovar.runtime.torch_graphs import GraphLoop
+        except ModuleNotFoundError as error:
+            if error.name != "triton":
+                raise
+            return None
+        return GraphLoop(self._bundle, self.backbone, batch)
 
     def graph(self, name: str) -> _Graph:
         """``prefix``, ``step``, ``advance`` or ``decoder``."""
