@@ -48,7 +48,7 @@ def make_infinity(
         text_width=TEXT_WIDTH,
         text_maximum_tokens=MAXIMUM_TOKENS,
         pool_heads=4,
-        levels=6,
+        levels=max(6, len(grids)),
         rope_grid=(78, 52),
         level_starts=level_starts,
     )
