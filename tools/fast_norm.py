@@ -21,7 +21,7 @@ except ImportError:  # a CPU build of PyTorch comes without
 
 GROUPS = 32
 EPS = 1e-6
-_CELLS = 128  # cells of a map a program reads
+_BLOCK = 8192  # numbers a program holds at a time: cells x channels
 
 if triton is not None:
 
@@ -100,14 +100,19 @@ if triton is not None:
         tl.store(dx + at, (a * dz + p * value + q).to(dx.dtype.element_ty), inside)
 
 
+def _block_sizes(channels: int) -> dict[str, Any]:
+    padded = triton.next_power_of_2(channels)
+    return {"C": channels, "CP": padded, "CELLS": max(16, _BLOCK // padded)}
+
+
 class _NormSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
         x = x.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         cells = height * width
-        sizes = {"C": channels, "CP": triton.next_power_of_2(channels), "CELLS": _CELLS}
-        grid = (batch, triton.cdiv(cells, _CELLS))
+        sizes = _block_sizes(channels)
+        grid = (batch, triton.cdiv(cells, sizes["CELLS"]))
         sums = torch.empty(*grid, 2, channels, device=x.device)
         _forward_sums[grid](x, sums, cells, **sizes)
         mean, square = (sums.sum(1).view(batch, 2, GROUPS, -1).mean(3) / cells).unbind(1)  # [B, groups]
@@ -128,8 +133,8 @@ class _NormSilu(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         cells = height * width
-        sizes = {"C": channels, "CP": triton.next_power_of_2(channels), "CELLS": _CELLS, "SILU": ctx.silu}
-        grid = (batch, triton.cdiv(cells, _CELLS))
+        sizes = _block_sizes(channels) | {"SILU": ctx.silu}
+        grid = (batch, triton.cdiv(cells, sizes["CELLS"]))
         sums = torch.empty(*grid, 2, channels, device=x.device)
         _backward_sums[grid](x, dy, scale, shift, sums, cells, **sizes)
         total, by_value = sums.sum(1).unbind(1)  # of dz and dz * x, [B, C]

@@ -31,7 +31,7 @@ beside &
 wait
 if [ ! -f "$out/var.json" ]; then
     graph=$([ -f "$out/plain" ] && echo --no-graph || echo --graph)
-    torchrun --standalone --nproc-per-node "$gpus" train_var.py --vae "$out/vqvae.ckpt" --minutes "$var_minutes" \
+    python3 -m torch.distributed.run --standalone --nproc-per-node "$gpus" train_var.py --vae "$out/vqvae.ckpt" --minutes "$var_minutes" \
         "$graph" --out "$out" 2>&1 | tee -a "$out/var.log"
 fi
 CUDA_VISIBLE_DEVICES=$first python3 evaluate_demo.py --var "$out/var.safetensors" --vae "$out/vae.safetensors" \

@@ -31,6 +31,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Layer = Callable[[nn.Module, Tensor, Tensor, Attend], Tensor]
 FIRST_SEED = 1 << 30  # other pictures than the VQVAE saw
 _LOSS_POWER = 0.35  # see scale_weights
+_LEFT_OUT = (0, 2, 4)  # last scales that a picture of each part of a batch is trained without
+_BATCH_HELP = "pictures a step and process: whole, without the last 2 scales, without the last 4"
 
 # ------------------------------------------------------------------------------------------------------------ attention
 
@@ -163,17 +165,16 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint of train_vqvae.py")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=36, help="whole pictures a step, per process")
-    parser.add_argument("--short", type=int, default=144, help="pictures a step of which the first scales are seen")
+    parser.add_argument("--batch", type=int, nargs=3, default=[32, 96, 256], help=_BATCH_HELP)
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--pool", type=int, default=24576)
+    parser.add_argument("--pool", type=int, default=36864)
     parser.add_argument("--lot", type=int, default=768)
-    parser.add_argument("--reuse", type=float, default=4.0)
+    parser.add_argument("--reuse", type=float, default=6.0)
     parser.add_argument("--corrupt", type=float, default=0.2, help="most tokens a picture's inputs get wrong")
     parser.add_argument("--rehearse", action="store_true", help="time --steps, save nothing; no --vae needed")
     parser.add_argument("--out", type=Path, required=True)
@@ -204,8 +205,12 @@ def main() -> None:
     parameters, tokens_of = list(named.values()), model.spec.tokens
     team.same(parameters)
     torch.manual_seed(1000 + team.rank)  # from here on processes differ: in wrong tokens, not in weights
-    few = len(tokens_of) - 2  # scales of a short picture, a quarter of the tokens: four times as many pictures
-    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in (len(tokens_of), few)]
+    # A picture without its last scales costs a quarter, or a sixteenth, and is worth as much where the layout is decided.
+    counts = [len(tokens_of) - left_out for left_out in _LEFT_OUT]
+    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in counts]
+    pictures = torch.zeros(sum(tokens_of), device=device)  # that a token is seen of
+    for size, (_, length) in zip(args.batch, views, strict=True):
+        pictures[:length] += size
     weights = scale_weights(tokens_of, _LOSS_POWER, device)
     matrices, others = split_parameters(model)
     muon, optimiser = training.Muon(matrices), training.adamw(others, device, 0.02, (0.9, 0.95))
@@ -221,14 +226,13 @@ def main() -> None:
         layer, token_loss = torch.compile(run_layer, dynamic=False), torch.compile(token_loss, dynamic=False)
 
     def step(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        """Forward and backward of `batch` whole and `short` short pictures: the nats of every token `[L]`."""
-        nats = torch.zeros(sum(tokens_of), device=device)
-        pictures = torch.full_like(nats, args.batch)
-        pictures[: views[1][1]] += args.short
+        """Forward and backward of all parts of a batch: the nats of every token `[L]`."""
+        nats = torch.zeros_like(pictures)
+        parts = [t.split(args.batch) for t in (labels, tokens, inputs)]
         with team.autocast(cache=not args.graph):
-            for part, (attend, length) in zip((slice(args.batch), slice(args.batch, None)), views, strict=True):
-                x, context = forward(model, labels[part], inputs[part, : length - 1].float(), attend, layer)
-                summed = token_loss(x, context["head_modulation"], tokens[part, :length].long())
+            for label, token, seen, (attend, length) in zip(*parts, views, strict=True):
+                x, context = forward(model, label, seen[:, : length - 1].float(), attend, layer)
+                summed = token_loss(x, context["head_modulation"], token[:, :length].long())
                 nats = nats + F.pad(summed, (0, len(nats) - length))
         nats = nats / pictures
         (nats * weights).mean().backward()
@@ -252,7 +256,7 @@ def main() -> None:
     generator = torch.Generator(device=device).manual_seed(7 + team.rank + clock.step)
     going, began, marked, history, first = True, time.perf_counter(), None, [], clock.step
     while going:
-        labels, tokens, inputs = pool.take(args.batch + args.short)
+        labels, tokens, inputs = pool.take(sum(args.batch))
         dropped = torch.rand(len(labels), generator=generator, device=device) < 0.1
         labels = torch.where(dropped, len(CLASSES), labels)
         for group in optimiser.param_groups:
@@ -276,7 +280,7 @@ def main() -> None:
         going = clock.tick()
         if clock.step % 100 == 0 or not going or (args.rehearse and clock.step % 10 == 0):
             scales = [round(float(part.mean()), 2) for part in by_token.split(tokens_of)]
-            rate = (clock.step - first) * args.batch * team.size / max(1e-9, time.perf_counter() - marked)
+            rate = (clock.step - first) * sum(args.batch) * team.size / max(1e-9, time.perf_counter() - marked)
             history.append((clock.step, round(float(by_token.mean()), 4)))
             team.say(
                 f"var step {clock.step} share {clock.share:.3f} nats/token {float(by_token.mean()):.3f} "
@@ -295,9 +299,8 @@ def main() -> None:
             "width": args.width,
             "patches": list(vae.spec.patch_nums),
             "steps": clock.step,
-            "batch": [args.batch * team.size, args.short * team.size],
-            "pictures_seen": clock.step * args.batch * team.size,
-            "short_pictures_seen": clock.step * args.short * team.size,
+            "batch": [size * team.size for size in args.batch],
+            "pictures_seen": [clock.step * size * team.size for size in args.batch],
             "pictures_drawn": (seeds.next - FIRST_SEED) * team.size,
             "nats_per_token": history[-1][1],
             "nats_per_token_by_scale": scales,

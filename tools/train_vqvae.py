@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--patches", type=int, nargs="+", default=list(PATCHES))
-    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--plain-share", type=float, default=0.08, help="of the time, before there is a codebook")
     parser.add_argument("--size", type=int, default=256, help="edge of the pictures")
     parser.add_argument("--lot", type=int, default=768, help="pictures drawn at a time")
