@@ -76,7 +76,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 @pytest.fixture(scope="module")
 def calibration(checkpoint: Checkpoint) -> Path:
     path = checkpoint.folder / "calibration.json"
-    result = run("calibrate", *checkpoint.options, "--prompts", 2, "--seeds", 1, "-o", path)
+    result = run("calibrate", *checkpoint.options, "--per-class", 2, "--seeds", 1, "-o", path)
     assert result.exit_code == 0, result.output
     return path
 
@@ -205,7 +205,7 @@ def bad(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (["--checkpoint", "{var}", "--vae", "{vae}", "--target", "coreml"], "valid: onnxruntime, tensorrt-rtx"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--drop-scales", "9", "--profile", "dense"], "fewer than the 5"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--top-p", "7"], "top_p is 7"),
-        (["--checkpoint", "{var}", "--vae", "{vae}", "--prompts", "0"], "0 prompts per class"),
+        (["--checkpoint", "{var}", "--vae", "{vae}", "--per-class", "0"], "0 prompts per class"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--seeds", "0"], "no seed"),
     ],
 )

@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
 
 import typer
 
@@ -21,6 +21,7 @@ from toprovar.errors import InputError, ToprovarError
 if TYPE_CHECKING:
     from toprovar.exporter.source import Source
     from toprovar.runtime.session import Session
+    from toprovar.runtime.text import TextFeatures
 
 __all__ = ["export_main", "main"]
 
@@ -93,20 +94,41 @@ TargetOption = Annotated[str, typer.Option("--target", "-t", help="What runs it:
 ProviderOption = Annotated[str, typer.Option(help="Of onnxruntime and torch: auto, cpu, cuda.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads per operator. Default: all cores.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", "-b", help="Most pictures at once.")]
+PromptOption = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Of a text model; repeat.")]
+PromptFileOption = Annotated[Path | None, typer.Option("--prompts", help="Text file, a prompt a line.")]
+FeaturesOption = Annotated[
+    Path | None, typer.Option(help="Encoded prompts in their place: .safetensors or .npz, text_features and text_lens.")
+]
+ClassOption = Annotated[
+    str | None, typer.Option("--class", help="Prompt class of the texts. Default: found from each text.")
+]
 LabelOption = Annotated[list[str] | None, typer.Option("--label", "-l", help="Name or number; repeat. Default: all.")]
-SeedOption = Annotated[int, typer.Option(help="Of the first picture of a label; the next ones count up.")]
-CountOption = Annotated[int, typer.Option("--count", "-n", help="Pictures per label.")]
-BackboneOption = Annotated[str, typer.Option(help="Model family of the checkpoint: var.")]
-CheckpointOption = Annotated[Path | None, typer.Option(help="Of the transformer. Default: the embedded demo.")]
+SeedOption = Annotated[int, typer.Option(help="Of the first picture of a label or prompt; the next ones count up.")]
+CountOption = Annotated[int, typer.Option("--count", "-n", help="Pictures per label or prompt.")]
+BackboneOption = Annotated[
+    str, typer.Option(help="Of the checkpoint: var, infinity; infinity-2b, infinity-8b, infinity-125m say its size.")
+]
+CheckpointOption = Annotated[
+    Path | None, typer.Option(help="Of the transformer. Default: the embedded demo of the backbone.")
+]
 VaeOption = Annotated[Path | None, typer.Option(help="Checkpoint of the tokenizer that belongs to it.")]
+TextEncoderOption = Annotated[
+    str | None, typer.Option(help="T5 encoder of a text model: a folder, or a name, google/flan-t5-xl.")
+]
+AspectOption = Annotated[str | None, typer.Option(help="Of Infinity: height / width; the nearest schedule is used.")]
+ResolutionOption = Annotated[str | None, typer.Option(help="Of Infinity: 0.06M, 0.25M, 0.60M, 1M pixels. Default: 1M.")]
+TextTokensOption = Annotated[int | None, typer.Option(help="Longest prompt in tokens. Default: as trained.")]
+DeviceOption = Annotated[str, typer.Option(help="What measures: auto, cpu, cuda.")]
 LabelsOption = Annotated[
     Path | None, typer.Option(help="Text file, a line per label in order: its name and its prompt class.")
 ]
 CfgOption = Annotated[float | None, typer.Option("--cfg", help="Strength of classifier-free guidance.")]
 TopKOption = Annotated[int | None, typer.Option("--top-k", help="Logits that can be drawn; 0: all; 1: greedy.")]
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Probability that can be drawn; 0: all.")]
-PromptsOption = Annotated[int, typer.Option("--prompts", help="Labels per prompt class to calibrate with.")]
-SeedsOption = Annotated[int, typer.Option("--seeds", help="Pictures per label to calibrate with.")]
+PerClassOption = Annotated[
+    int | None, typer.Option(help="Labels or prompts of each class to calibrate with. Default: 4 labels, all prompts.")
+]
+SeedsOption = Annotated[int, typer.Option("--seeds", help="Pictures per label or prompt to calibrate with.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
 
 
@@ -123,27 +145,37 @@ def export(
     checkpoint: CheckpointOption = None,
     vae: VaeOption = None,
     labels: LabelsOption = None,
-    calibration: Annotated[Path | None, typer.Option(help="Of this checkpoint. Default: calibrate now.")] = None,
+    text_encoder: TextEncoderOption = None,
+    features: FeaturesOption = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Of this checkpoint (.json), or prompts to calibrate with (text). Default: calibrate now."),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan in place of a profile.")] = None,
     drop_scales: Annotated[int | None, typer.Option(help="Leave out this many last scales.")] = None,
     target: Annotated[list[str] | None, typer.Option("--target", "-t", help="onnxruntime, tensorrt-rtx.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16.")] = "auto",
+    aspect: AspectOption = None,
+    resolution: ResolutionOption = None,
+    text_tokens: TextTokensOption = None,
     cfg: CfgOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
-    prompts: PromptsOption = 4,
+    per_class: PerClassOption = None,
     seeds: SeedsOption = 2,
     seed: Annotated[int, typer.Option(help="Of the golden trace.")] = 0,
+    device: DeviceOption = "auto",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME-PROFILE.bundle.")] = None,
     force: ForceOption = False,
 ) -> None:
     """Compile a checkpoint into a bundle: calibrate, plan, prune, export, build engines, package."""
+    source = _source(backbone, checkpoint, vae, labels, text_encoder, features, aspect, resolution, text_tokens)
     from toprovar.exporter import build
     from toprovar.exporter.source import SamplingWish
 
     with _stages() as stage:
         written = build.export(
-            _source(backbone, checkpoint, vae, labels),
+            source,
             profile=profile,
             calibration=calibration,
             plan=plan,
@@ -151,9 +183,10 @@ def export(
             targets=tuple(target or ("onnxruntime",)),
             precision=precision,
             sampling=SamplingWish(cfg, top_k, top_p),
-            prompts_per_class=prompts,
+            per_class=per_class,
             seeds=range(seeds),
             golden_seed=seed,
+            device=device,
             output=output,
             force=force,
             on_stage=stage,
@@ -169,24 +202,41 @@ def calibrate(
     checkpoint: CheckpointOption = None,
     vae: VaeOption = None,
     labels: LabelsOption = None,
+    text_encoder: TextEncoderOption = None,
+    features: FeaturesOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, a prompt a line, behind a tab its class if it has one.")
+    ] = None,
+    aspect: AspectOption = None,
+    resolution: ResolutionOption = None,
+    text_tokens: TextTokensOption = None,
     cfg: CfgOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
-    prompts: PromptsOption = 4,
+    per_class: PerClassOption = None,
     seeds: SeedsOption = 2,
     batch_size: BatchOption = 4,
+    device: DeviceOption = "auto",
     force: ForceOption = False,
 ) -> None:
     """Measure a checkpoint's attention entropy: per token, layer, scale and prompt class."""
     _free(output, force)
+    source = _source(backbone, checkpoint, vae, labels, text_encoder, features, aspect, resolution, text_tokens)
     from toprovar.exporter import build
     from toprovar.exporter.source import SamplingWish
 
     with _stages() as stage:
-        stage("load the checkpoint")
-        loaded = build.load(_source(backbone, checkpoint, vae, labels), SamplingWish(cfg, top_k, top_p))
-        stage("calibrate")
-        build.measure(loaded, prompts_per_class=prompts, seeds=range(seeds), output=output, batch_size=batch_size)
+        build.calibrate_source(
+            source,
+            prompts=prompts,
+            sampling=SamplingWish(cfg, top_k, top_p),
+            per_class=per_class,
+            seeds=range(seeds),
+            batch_size=batch_size,
+            device=device,
+            output=output,
+            on_stage=stage,
+        )
     typer.echo(str(output))
 
 
@@ -230,6 +280,10 @@ def plan(
 def run(
     bundle: BundleArgument,
     label: LabelOption = None,
+    prompt: PromptOption = None,
+    prompts: PromptFileOption = None,
+    features: FeaturesOption = None,
+    prompt_class: ClassOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     output: Annotated[Path, typer.Option("--output", "-o", help="A PNG file; several pictures make a grid.")] = Path(
@@ -248,20 +302,22 @@ def run(
     from toprovar.runtime import pictures
 
     session = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
-    names, labels, seeds = _prompts(session, label, seed, count)
+    asked = _asked(session, seed, count, label, prompt, prompts, features, prompt_class)
     with _progress("pictures") as progress:
-        result = session.generate(labels, seeds, on_scale=progress)
-    if len(labels) == 1 or not separate:
-        rows = [list(result.images[start : start + count]) for start in range(0, len(labels), count)]
+        result = session.generate(asked.labels, asked.seeds, text=asked.text, on_scale=progress)
+    made = len(asked.seeds)
+    if made == 1 or not separate:
+        rows = [list(result.images[start : start + count]) for start in range(0, made, count)]
         single = pictures.to_bytes(result.images[0])
-        pictures.save(output, single if len(labels) == 1 else pictures.grid(rows, names if len(names) > 1 else ()))
+        captions = asked.captions[::count] if made > count else ()
+        pictures.save(output, single if made == 1 else pictures.grid(rows, captions))
         written = [output]
     else:
-        written = [output.with_stem(f"{output.stem}-{i:04d}") for i in range(len(labels))]
+        written = [output.with_stem(f"{output.stem}-{i:04d}") for i in range(made)]
         for path, image in zip(written, result.images, strict=True):
             pictures.save(path, pictures.to_bytes(image))
     total_ms = sum(timing.total_ms for timing in result.timings)
-    typer.echo(f"{', '.join(map(str, written))}: {len(labels)} pictures, {total_ms / len(labels):.0f} ms each")
+    typer.echo(f"{', '.join(map(str, written))}: {made} pictures, {total_ms / made:.0f} ms each")
 
 
 @app.command()
@@ -308,6 +364,10 @@ def compare(
     target: TargetOption = "onnxruntime",
     other_target: Annotated[str, typer.Option(help="What runs the other one.")] = "onnxruntime",
     label: LabelOption = None,
+    prompt: PromptOption = None,
+    prompts: PromptFileOption = None,
+    features: FeaturesOption = None,
+    prompt_class: ClassOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     provider: ProviderOption = "auto",
@@ -325,9 +385,11 @@ def compare(
         raise InputError("compare: a bundle with itself on the same target; give another bundle or --other-target")
     first = _session(other or bundle, other_target, provider, threads, batch_size, checkpoint, vae)
     second = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
-    _, labels, seeds = _prompts(first, label, seed, count)
+    asked = _asked(first, seed, count, label, prompt, prompts, features, prompt_class)
     with _progress("pictures") as progress:
-        document = comparison.compare(first, second, labels, seeds, progress)
+        document = comparison.compare(
+            first, second, asked.labels, asked.seeds, progress, text=asked.text, captions=asked.captions
+        )
     _publish(document, comparison.markdown(document), output)
 
 
@@ -343,6 +405,7 @@ def bench(
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 1,
+    trtexec: Annotated[bool, typer.Option("--trtexec", help="Run the engines in trtexec, too (tensorrt).")] = False,
     checkpoint: CheckpointOption = None,
     vae: VaeOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON; Markdown goes beside it.")] = None,
@@ -350,6 +413,9 @@ def bench(
     """Measure latency scale by scale. A bundle that fails its golden trace is not measured."""
     _ends_in(output, ".json", "measurements are written as JSON")
     from toprovar.runtime import bench as benchmark
+    from toprovar.runtime import trtexec as other_program
+
+    program = other_program.find_trtexec() if trtexec else None  # before any work
 
     paths = [bundle, *(against or [])]
     sessions = [_session(path, target, provider, threads, batch_size, checkpoint, vae) for path in paths]
@@ -357,34 +423,56 @@ def bench(
         document = benchmark.bench(
             sessions, prompt_classes=prompt_class or (), repeat=repeat, warmup=warmup, on_run=progress
         )
+    if program is not None:
+        with _progress("trtexec") as progress:
+            document["trtexec"] = other_program.measure(
+                sessions[0], program, prompt_classes=prompt_class or (), on_run=progress
+            )
     _publish(document, benchmark.markdown(document), output)
 
 
 @app.command()
 @_verb
 def report(
-    bundles: Annotated[list[Path], typer.Argument(help="Bundles; the first is what others are compared with.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Bundles, measured now, the first is what others are compared with; or evidence, .json."),
+    ],
     label: LabelOption = None,
+    prompt: PromptOption = None,
+    prompts: PromptFileOption = None,
+    features: FeaturesOption = None,
+    prompt_class: ClassOption = None,
     seed: SeedOption = 0,
     count: CountOption = 1,
     repeat: Annotated[int, typer.Option(help="Measured runs per prompt class.")] = 5,
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="HTML; Markdown, JSON, PNG go beside it.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="HTML; Markdown and pictures go beside it.")] = Path(
         "report.html"
     ),
 ) -> None:
-    """Latency, fidelity and pictures of bundles on one page."""
+    """What a faster picture costs, on one page: of bundles, measured now, and of stored measurements."""
     _ends_in(output, ".html", "a report is written as HTML")
     from toprovar.runtime import report as reporting
 
-    sessions = [_session(path, "onnxruntime", provider, threads, 1, None, None) for path in bundles]
-    _, labels, seeds = _prompts(sessions[0], label, seed, count)
-    with _progress("report") as progress:
-        made = reporting.make(
-            sessions, labels, seeds, repeat=repeat, on_progress=lambda _, done, of: progress(done, of)
-        )
-    for path in reporting.write(made, output):
+    bundles = [path for path in sources if path.suffix != ".json"]
+    parts = [reporting.load(path) for path in sources if path.suffix == ".json"]
+    if bundles:
+        sessions = [_session(path, "onnxruntime", provider, threads, 1, None, None) for path in bundles]
+        asked = _asked(sessions[0], seed, count, label, prompt, prompts, features, prompt_class)
+        with _progress("report") as progress:
+            measured = reporting.make(
+                sessions,
+                asked.labels,
+                asked.seeds,
+                text=asked.text,
+                captions=asked.captions,
+                repeat=repeat,
+                on_progress=lambda _, done, of: progress(done, of),
+            )
+        parts.insert(0, measured)
+    for path in reporting.write(parts, output):
         typer.echo(str(path))
 
 
@@ -409,17 +497,39 @@ def demo(
 # What verbs share
 
 
-def _source(backbone: str, checkpoint: Path | None, vae: Path | None, labels: Path | None) -> Source:
-    """The checkpoint that the options name; without any, the embedded demo."""
-    if checkpoint is None and vae is None:
-        from toprovar.demo.embedded import embedded_source
+def _source(
+    backbone: str,
+    checkpoint: Path | None,
+    vae: Path | None,
+    labels: Path | None,
+    text_encoder: str | None,
+    features: Path | None,
+    aspect: str | None,
+    resolution: str | None,
+    text_tokens: int | None,
+) -> Source:
+    """The checkpoint that the options name; without any, the embedded demo of the backbone."""
+    if checkpoint is None and vae is None and backbone in ("var", "infinity"):
+        from toprovar.demo.embedded import embedded_source, embedded_text_source
 
-        if labels is not None or backbone != "var":
-            raise InputError("the embedded demo is a var with labels of its own; give --checkpoint and --vae as well")
-        return embedded_source()
+        if labels or text_encoder or features or aspect or resolution or text_tokens:
+            raise InputError(
+                "the embedded demo has labels, text encoder and schedule of its own; give --checkpoint and --vae as well"
+            )
+        return embedded_source() if backbone == "var" else embedded_text_source()
     from toprovar.exporter.source import user_source
 
-    return user_source(backbone, checkpoint, vae, labels)
+    return user_source(
+        backbone,
+        checkpoint,
+        vae,
+        labels,
+        text_encoder=text_encoder,
+        features=features,
+        aspect=aspect,
+        resolution=resolution,
+        text_tokens=text_tokens,
+    )
 
 
 def _session(
@@ -438,24 +548,67 @@ def _session(
         options = {"provider": provider, "threads": threads}
     elif target == "torch":
         if checkpoint is None and vae is None:
-            from toprovar.demo.embedded import embedded_source
+            from toprovar.demo.embedded import embedded_source, embedded_text_source
+            from toprovar.runtime.bundle import open_bundle
 
-            source = embedded_source()
+            var = open_bundle(bundle, verify=False).manifest.backbone == "var"
+            source = embedded_source() if var else embedded_text_source()
             checkpoint, vae = source.checkpoint, source.vae
         device = "cuda" if provider == "cuda" else "cpu"
         options = {"checkpoint": checkpoint, "vae": vae, "device": device, "threads": threads}
     return Session(bundle, target, batch_size=batch_size, **options)
 
 
-def _prompts(
-    session: Session, label: list[str] | None, seed: int, count: int
-) -> tuple[list[str], list[int], list[int]]:
-    """Names of the labels asked for; and, for every picture, label and seed, those of one label together."""
+class _Asked(NamedTuple):
+    """What pictures are made of: for each its caption, its seed, and its label or its text."""
+
+    captions: list[str]
+    seeds: list[int]
+    labels: list[int] | None
+    text: TextFeatures | None
+
+
+def _asked(
+    session: Session,
+    seed: int,
+    count: int,
+    label: list[str] | None,
+    prompt: list[str] | None = None,
+    prompts: Path | None = None,
+    features: Path | None = None,
+    prompt_class: str | None = None,
+) -> _Asked:
+    """`count` pictures of every label or text asked for, those of one together; where none is named, of what there is."""
     if count < 1:
-        raise InputError(f"count is {count}; give 1 or more pictures per label")
-    numbers = [session.label(one) for one in label] if label else list(range(min(len(session.labels), _MOST_LABELS)))
-    names = [session.labels[number] for number in numbers]
-    return names, [n for n in numbers for _ in range(count)], [seed + i for _ in numbers for i in range(count)]
+        raise InputError(f"count is {count}; give 1 or more pictures per label or prompt")
+    if not session.takes_text:
+        if prompt or prompts or features or prompt_class:
+            raise InputError(f"{session.bundle.root}: takes labels, not text; see --label")
+        numbers = (
+            [session.label(one) for one in label] if label else list(range(min(len(session.labels), _MOST_LABELS)))
+        )
+        labels = [number for number in numbers for _ in range(count)]
+        seeds = [seed + i for _ in numbers for i in range(count)]
+        return _Asked([session.labels[number] for number in labels], seeds, labels, None)
+    if label:
+        session.label(label[0])  # says that there are none
+    from toprovar.profiles.prompts import read_features, read_prompts
+
+    texts = [*(prompt or []), *(one.text for one in (read_prompts(prompts) if prompts else []))]
+    if features is not None:
+        found = session.text(*read_features(features), prompt_class)
+        texts = texts or [f"text {i}" for i in range(1, len(found.lengths) + 1)]
+        if len(texts) != len(found.lengths):
+            raise InputError(
+                f"{features}: holds {len(found.lengths)} texts for {len(texts)} prompts; give a row for each"
+            )
+    elif texts:
+        found = session.encode(texts, prompt_class)
+    else:
+        named, found = session.examples()
+        texts = list(named)
+    captions = [text for text in texts for _ in range(count)]
+    return _Asked(captions, [seed + i for _ in texts for i in range(count)], None, found.repeated(count))
 
 
 _MOST_LABELS = 12  # of a bundle with a thousand, where none is named

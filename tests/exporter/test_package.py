@@ -13,8 +13,9 @@ from toprovar import __version__
 from toprovar.backbones.base import restore_constants
 from toprovar.errors import FormatError, InputError, TargetError, ToprovarError
 from toprovar.exporter import package
+from toprovar.exporter.calibrate import labels_condition
 from toprovar.exporter.graph import GRAPHS
-from toprovar.exporter.package import golden_trace, label_prompt, precision_for, write_bundle
+from toprovar.exporter.package import GoldenPrompt, golden_trace, precision_for, write_bundle
 from toprovar.kernels.contract import CONTRACT_VERSION
 from toprovar.profiles.files import sha256_file
 from toprovar.profiles.plan import load_plan
@@ -23,6 +24,12 @@ from toprovar.runtime.session import Session
 from toprovar.runtime.verify import verify
 
 ROLES = "gddgd"
+
+
+def label_prompt(labels, seeds):
+    return GoldenPrompt(labels_condition(labels), tuple(seeds))
+
+
 GOLDEN = {"coarse": label_prompt([0, 2], [7, 8]), "fine": label_prompt([3], [9])}
 
 
@@ -69,9 +76,8 @@ def test_the_manifest_says_what_is_there(bundle, exporter):
 
 def test_each_stage_is_told(bundle):
     *_, stages = bundle
-    assert stages == [f"graph {name}" for name in GRAPHS] + [
-        *("constants", "golden trace of coarse", "golden trace of fine", "manifest")
-    ]
+    graphs = [f"graph {name}" for name in GRAPHS]
+    assert stages == ["golden trace of coarse", "golden trace of fine", *graphs, "constants", "manifest"]
 
 
 def test_every_step_names_every_constant_of_its_graphs(bundle, exporter):
@@ -123,7 +129,7 @@ def test_the_golden_trace_is_what_pytorch_makes_of_its_seeds(bundle, exporter):
         "image",
         *(f"tokens_{s}" for s in range(5)),
     }
-    again = golden_trace(exporter, plan, "coarse", label_prompt([0, 2], golden["coarse/seeds"].tolist()))
+    again = golden_trace(exporter.backbone, plan, "coarse", label_prompt([0, 2], golden["coarse/seeds"].tolist()))
     for name, array in again.items():
         assert np.array_equal(golden[f"coarse/{name}"], array), name
     image = golden["coarse/image"]
@@ -141,16 +147,16 @@ def test_seeds_whose_decisions_are_too_close_are_passed_over(exporter, monkeypat
         return original(backbone, plan, prompt_class, condition, seeds, clear=clear)
 
     monkeypatch.setattr(package, "_generate", watched)
-    assert golden_trace(exporter, plan, "coarse", GOLDEN["coarse"])["seeds"].tolist() == [11, 12]
+    assert golden_trace(exporter.backbone, plan, "coarse", GOLDEN["coarse"])["seeds"].tolist() == [11, 12]
     assert tried == [([7, 8], True), ([9, 10], True), ([11, 12], True)]
 
 
 @pytest.mark.parametrize("threshold", ["_CLEAR_ENTROPY_NATS", "_CLEAR_LOGITS"])
 def test_where_no_seed_is_clear_the_given_ones_are_taken(exporter, monkeypatch, threshold):
     plan = plan_of(exporter.backbone, ROLES)
-    clear = golden_trace(exporter, plan, "fine", GOLDEN["fine"])
+    clear = golden_trace(exporter.backbone, plan, "fine", GOLDEN["fine"])
     monkeypatch.setattr(package, threshold, 10.0)
-    taken = golden_trace(exporter, plan, "fine", GOLDEN["fine"])
+    taken = golden_trace(exporter.backbone, plan, "fine", GOLDEN["fine"])
     assert taken["seeds"].tolist() == [9]
     if clear["seeds"].tolist() == [9]:
         assert all(np.array_equal(taken[name], clear[name]) for name in clear)
@@ -274,8 +280,8 @@ def test_a_missing_builder_is_noticed_before_anything_is_written(exporter, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_golden_prompts_have_a_seed_per_label():
-    with pytest.raises(InputError, match="2 labels and 1 seeds"):
+def test_golden_prompts_have_a_seed_each():
+    with pytest.raises(InputError, match="2 prompts and 1 seeds"):
         label_prompt([1, 2], [3])
     assert label_prompt([1], [3]).condition[0].dtype == torch.int32
 

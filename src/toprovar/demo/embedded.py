@@ -1,22 +1,35 @@
-"""The embedded checkpoint as a source of exports."""
+"""The embedded checkpoints as sources of exports: one that takes class labels, one that takes text."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from toprovar.demo import embedded_text
+from toprovar.demo.captions import COLOURS, COUNTS, SHAPES, TEXTURES, Scene, caption, prompt_class
+from toprovar.demo.embedded_text import TextDemo, embedded_text_demo
 from toprovar.demo.labels import CLASSES, PROMPT_CLASS
 from toprovar.errors import CheckpointError
-from toprovar.exporter.source import SamplingWish, Source
+from toprovar.exporter.source import SamplingWish, Source, TextSource
 from toprovar.profiles.manifest import Label
+from toprovar.profiles.prompts import Prompt
 
-__all__ = ["embedded_source"]
+if TYPE_CHECKING:
+    from toprovar.backbones.text import TextEncoder
+
+__all__ = ["calibration_prompts", "embedded_source", "embedded_text_source"]
 
 SAMPLING = SamplingWish(guidance=1.5, top_k=600, top_p=0.95)
 """What evaluation of the checkpoint found best; see its model card."""
 
+GENERATED_PROMPTS = 4
+"""Of each prompt class, that calibration of the text demo makes pictures of."""
+
 
 def embedded_source() -> Source:
-    """The checkpoint that comes with the package.
+    """The class-conditional checkpoint that comes with the package.
 
     Raises:
         CheckpointError: this installation lacks it.
@@ -28,3 +41,48 @@ def embedded_source() -> Source:
         if not path.is_file():
             raise CheckpointError(f"{path}: the embedded demo checkpoint is not installed; install toprovar again")
     return source
+
+
+def embedded_text_source(demo: TextDemo | None = None) -> Source:
+    """The text-conditional checkpoint that comes with the package, or another one of its kind.
+
+    Raises:
+        CheckpointError: this installation lacks it.
+    """
+    found = embedded_text_demo() if demo is None else demo
+
+    def load_encoder() -> TextEncoder:
+        from toprovar.demo.word_encoder import load_word_encoder
+
+        return load_word_encoder(found.word_encoder)
+
+    return Source(
+        "infinity-demo",
+        "infinity",
+        found.checkpoint,
+        found.vae,
+        sampling=embedded_text.SAMPLING,
+        text=TextSource("demo words", load_encoder, prompts=calibration_prompts(), per_class=GENERATED_PROMPTS),
+        load_options={"resolution": embedded_text.RESOLUTION},
+    )
+
+
+def calibration_prompts(per_class: int = 64, seed: int = 0) -> tuple[Prompt, ...]:
+    """Captions of scenes drawn at random, each with its prompt class; those of one class together."""
+    random = np.random.default_rng(seed)
+    found: dict[str, list[str]] = {"plain": [], "object": [], "texture": []}
+    while min(map(len, found.values())) < per_class:
+        colour, floor = (COLOURS[i] for i in random.permutation(len(COLOURS))[:2])
+        texture, floor_texture = (TEXTURES[i] for i in random.integers(len(TEXTURES), size=2))
+        scene = Scene(
+            int(random.integers(len(COUNTS))) + 1,
+            colour,
+            texture,
+            SHAPES[random.integers(len(SHAPES))],
+            floor,
+            floor_texture,
+        )
+        members, text = found[prompt_class(scene)], caption(scene)
+        if len(members) < per_class and text not in members:
+            members.append(text)
+    return tuple(Prompt(text, name) for name, texts in found.items() for text in texts)

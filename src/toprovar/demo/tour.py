@@ -50,7 +50,7 @@ def run(
     on_stage("load the embedded checkpoint")
     checkpoint = build.load(embedded_source())
     on_stage("calibrate")
-    calibration = build.measure(checkpoint, prompts_per_class=2, seeds=[seed])
+    calibration = build.measure(checkpoint, per_class=2, seeds=[seed])
     save_calibration(output / "calibration.json", calibration)
 
     wishes = [

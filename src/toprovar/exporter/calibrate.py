@@ -30,16 +30,37 @@ from toprovar import __version__
 from toprovar.backbones.base import Backbone
 from toprovar.backbones.generate import Trace, generate
 from toprovar.errors import CheckpointError, InputError
-from toprovar.profiles.calibration import SCHEMA, Calibration, Measurement, PerLayer, PerScale, save_calibration
+from toprovar.profiles.calibration import (
+    SCHEMA,
+    Calibration,
+    Discriminant,
+    Measurement,
+    PerLayer,
+    PerScale,
+    save_calibration,
+)
 from toprovar.profiles.files import sha256_json, write_error
 from toprovar.profiles.flops import ModelShape
 from toprovar.profiles.noise import scale_noise
 
-__all__ = ["MapStatistics", "calibrate", "component_ratio", "labels_condition", "map_statistics", "model_shape"]
+__all__ = [
+    "MapStatistics",
+    "calibrate",
+    "classes_by_fineness",
+    "component_ratio",
+    "labels_condition",
+    "map_statistics",
+    "model_shape",
+]
 
 Prompt = int | str
 Condition = Callable[[Sequence[Prompt]], tuple[Tensor, ...]]
 """Prompts of one batch -> the tensors that `Backbone.prefix` takes."""
+TellApart = Callable[[Mapping[str, Sequence[Prompt]]], Mapping[str, Discriminant]]
+"""Prompt classes -> what tells a prompt of one from those of the others."""
+
+FINE_GRID = 12
+"""Fineness of a prompt is measured at the scales of at least FINE_GRID**2 tokens, those that profiles prune."""
 
 RATIO_LIMIT = 1e4
 """Largest sigma1 / sigma2: entropies in fp32 resolve no more, and one map of rank one shall not be the mean of all."""
@@ -87,7 +108,7 @@ def map_statistics(entropy: Tensor, grid: tuple[int, int]) -> MapStatistics:
         grid: (h, w), N = h * w, row-major.
     """
     layers, images, _ = entropy.shape
-    maps = entropy.double()
+    maps = entropy.cpu().double()  # a GPU takes longer for singular values of many small matrices
     averaged = maps.mean(0)
     mean = maps.mean(-1, keepdim=True)
     rho = (averaged < averaged.mean(-1, keepdim=True)).double().mean(-1)
@@ -103,6 +124,53 @@ def map_statistics(entropy: Tensor, grid: tuple[int, int]) -> MapStatistics:
         return result
 
     return MapStatistics(array(rho), array(rho_layers.T), array(mean.squeeze(-1).T), array(raw.T), array(centred.T))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From numbers to prompt classes
+
+_CLASS_NAMES = {1: ("all",), 2: ("coarse", "fine"), 3: ("coarse", "medium", "fine")}
+
+
+def _fineness(model: ModelShape, images: Sequence[dict[str, Any]]) -> float:
+    """Of one prompt: rho, averaged over its images and over the scales from `FINE_GRID` on (the last where none is)."""
+    first = model.first_scale(FINE_GRID)
+    return _rounded(float(np.mean([image["rho"][-1 if first is None else first :] for image in images])))
+
+
+def classes_by_fineness(fineness: Mapping[str, float]) -> dict[str, list[str]]:
+    """Sort prompts into up to three classes by their measured fineness.
+
+    Fineness of a prompt is rho, the low-entropy ratio, averaged over its images and over the scales that may be pruned:
+    where it is low, late scales add little. The classes are the natural breaks of the sorted values, those with the
+    least variance within classes (k-means in one dimension, solved exactly), each of at least two prompts and a sixth of
+    all. There are three classes from six prompts on, two from four on, else one. Equal values go by their text, so the
+    order of the prompts does not matter.
+
+    Returns: class -> prompts; "coarse", "medium" and "fine", "coarse" and "fine", or "all".
+    """
+    ordered = sorted(fineness, key=lambda text: (fineness[text], text))
+    count = len(ordered)
+    names = _CLASS_NAMES[min(3, max(1, count // 2))]
+    least = max(2, count // 6) if len(names) > 1 else 1
+    values = np.array([fineness[text] for text in ordered])
+
+    def scatter(start: int, stop: int) -> float:
+        return float(((values[start:stop] - values[start:stop].mean()) ** 2).sum())
+
+    def best(stop: int, classes: int) -> tuple[float, list[int]]:
+        """Least scatter of the first `stop` values in so many classes, and where the classes end."""
+        if classes == 1:
+            return scatter(0, stop), [stop]
+        found = []
+        for cut in range(least * (classes - 1), stop - least + 1):
+            before, ends = best(cut, classes - 1)
+            found.append((before + scatter(cut, stop), [*ends, stop]))
+        return min(found)
+
+    ends = best(count, len(names))[1]
+    starts = [0, *ends[:-1]]
+    return {name: ordered[start:stop] for name, start, stop in zip(names, starts, ends, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -208,6 +276,7 @@ def model_shape(backbone: Backbone, text_tokens: int = 64) -> ModelShape:
         InputError: a backbone whose FLOPs are not known.
     """
     spec = backbone.spec
+    text_tokens = min(text_tokens, getattr(spec, "text_maximum_tokens", text_tokens))
     common: dict[str, Any] = {
         "depth": spec.depth,
         "width": spec.width,
@@ -260,11 +329,13 @@ def _progress(total: int, done: int, show: bool | None) -> Iterator[Callable[[in
 
 def calibrate(
     backbone: Backbone,
-    classes: Mapping[str, Sequence[Prompt]],
+    classes: Mapping[str, Sequence[Prompt]] | Sequence[str],
     seeds: Sequence[int],
     *,
     checkpoint_sha256: str,
     condition: Condition = labels_condition,
+    condition_sha256: str | None = None,
+    tell_apart: TellApart | None = None,
     output: str | os.PathLike[str] | None = None,
     batch_size: int = 4,
     text_tokens: int = 64,
@@ -273,10 +344,13 @@ def calibrate(
     """Measure a checkpoint: every prompt with every seed, dense, drawn as `backbone.sampling` says.
 
     Args:
-        classes: prompt class -> its prompts (labels or texts).
+        classes: prompt class -> its prompts (labels or texts). Texts alone: their classes are found by their fineness,
+            see `classes_by_fineness`.
         seeds: of the noise, one image each per prompt; the same numbers as a runtime draws from them.
         checkpoint_sha256: of the checkpoint's file (`toprovar.profiles.files.sha256_files`).
         condition: prompts of a batch -> tensors of `backbone.prefix`; the default is for class labels.
+        condition_sha256: of what `condition` depends on besides the prompts, such as text features.
+        tell_apart: makes what the calibration holds to tell the class of a new prompt; asked for several classes only.
         output: where the calibration is written; beside it lies `<output>.<key>.partial` until it is complete. None
             writes nothing.
         batch_size: images at a time.
@@ -288,7 +362,8 @@ def calibrate(
         ToprovarError: the disk is full; finished batches stay in the partial file.
         KeyboardInterrupt: passed on; the partial file keeps the finished batches, and the same call goes on from there.
     """
-    _check(classes, seeds, batch_size)
+    given = classes if isinstance(classes, Mapping) else {"all": classes}
+    _check(given, seeds, batch_size)
     model = model_shape(backbone, text_tokens)
     sampling = {name: tuple(v) if isinstance(v, (list, tuple)) else v for name, v in asdict(backbone.sampling).items()}
     key = sha256_json(
@@ -297,13 +372,14 @@ def calibrate(
             "checkpoint": checkpoint_sha256,
             "model": model.model_dump(mode="json"),
             "sampling": sampling,
-            "classes": {name: list(prompts) for name, prompts in classes.items()},
+            "classes": {name: list(prompts) for name, prompts in given.items()},
+            "condition": condition_sha256,
             "seeds": list(seeds),
             "batch_size": batch_size,
             "dtype": str(backbone.dtype),
         }
     )
-    items = [(prompt, seed) for prompts in classes.values() for prompt in prompts for seed in seeds]
+    items = [(prompt, seed) for prompts in given.values() for prompt in prompts for seed in seeds]
     batches = [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
     partial_path = None if output is None else Path(f"{os.fspath(output)}.{key[:12]}.partial")
     started = time.monotonic()
@@ -322,13 +398,19 @@ def calibrate(
                 left = f"{kept} of {len(items)} images are kept in {partial_path}"
                 print(f"interrupted: {left}; run again to go on", file=sys.stderr)
             raise
-        images = [image for index in range(len(batches)) for image in partial.batches[index]]
-        measured = {}
-        start = 0
-        for name, prompts in classes.items():
-            count = len(prompts) * len(seeds)
-            measured[name] = _measurement(prompts, images[start : start + count])
-            start += count
+        records = iter([image for index in range(len(batches)) for image in partial.batches[index]])
+        images = {
+            name: {prompt: [next(records) for _ in seeds] for prompt in prompts} for name, prompts in given.items()
+        }
+        found: Mapping[str, Sequence[Prompt]] = given
+        if not isinstance(classes, Mapping):
+            every = images["all"]
+            found = classes_by_fineness({str(text): _fineness(model, of) for text, of in every.items()})
+            images = {name: {prompt: every[prompt] for prompt in prompts} for name, prompts in found.items()}
+        measured = {
+            name: _measurement(list(of), [image for several in of.values() for image in several])
+            for name, of in images.items()
+        }
         calibration = Calibration(
             schema=SCHEMA,
             toprovar_version=__version__,
@@ -337,6 +419,7 @@ def calibrate(
             sampling=sampling,
             seeds=tuple(seeds),
             classes=measured,
+            discriminants=dict(tell_apart(found)) if tell_apart and len(found) > 1 else None,
             wall_time_s=round(time.monotonic() - started, 3),
         )
         if output is not None:

@@ -40,13 +40,13 @@ from ..profiles.manifest import TensorInfo
 from . import edits
 from .functions import OPSET, function_protos, translation_table
 
-__all__ = ["EXTERNAL_DATA_BYTES", "GRAPHS", "Graph", "GraphExporter", "save_graph"]
+__all__ = ["EXTERNAL_DATA_BYTES", "GRAPHS", "IR_VERSION", "Graph", "GraphExporter", "quiet", "save_graph"]
 
 GRAPHS = ("prefix", "step", "advance", "decoder")
 EXTERNAL_DATA_BYTES = 1_800_000_000
 """Weights above this go to a file of their own: a protobuf, graph and all, ends at 2^31 bytes."""
 
-_IR_VERSION = 10
+IR_VERSION = 10
 """Of ONNX 1.16: runtimes of the last two years read it. Default attributes of functions came with 9."""
 
 # Sizes while tracing. Those of different dimensions differ, and none is 0 or 1, which torch.export takes for constants.
@@ -105,7 +105,7 @@ class GraphExporter:
                 "advance": self._advance,
                 "decoder": self._decoder,
             }
-            with torch.no_grad(), _quiet():
+            with torch.no_grad(), quiet():
                 self._graphs[key] = make[name]()
         return self._graphs[key]
 
@@ -296,7 +296,7 @@ class GraphExporter:
         edits.transpose_weights(model)
         edits.attach_functions(model, function_protos(), contract.DOMAIN)
         model.graph.name = name
-        model.ir_version = _IR_VERSION
+        model.ir_version = IR_VERSION
         model.producer_name, model.producer_version = "toprovar", None
         graph = Graph(name, model, _infos(model.graph.inputs), _infos(model.graph.outputs))
         wanted = [port.name for port in ports]
@@ -518,7 +518,7 @@ def _infos(values: Sequence[ir.Value]) -> tuple[TensorInfo, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.onnx warns of what is none of the user's business: torchvision is absent, a pytree name is deprecated."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -23,6 +23,7 @@ from ..backbones.generate import Trace, generate
 from ..errors import InputError
 from ..kernels.contract import CONTRACT_VERSION
 from ..profiles import manifest as formats
+from ..profiles.calibration import Discriminant
 from ..profiles.files import pretty_json, sha256_bytes, sha256_file, write_bytes, write_error, write_text
 from ..profiles.manifest import (
     Condition,
@@ -42,31 +43,40 @@ from ..profiles.plan import Plan, save_plan
 from .engine import EngineOptions, build_engines, open_builder
 from .graph import GRAPHS, Graph, GraphExporter, save_graph
 from .prune import check_fit, pruning, schedules
+from .source import TextSource
+from .text import write_encoder
 
-__all__ = ["GoldenPrompt", "TARGETS", "golden_trace", "label_prompt", "precision_for", "write_bundle"]
+__all__ = ["GoldenPrompt", "TARGETS", "TextPart", "golden_trace", "precision_for", "write_bundle"]
 
 TARGETS = ("onnxruntime", "tensorrt-rtx")
 """What a bundle can be written for. ONNX Runtime runs the graphs of every bundle."""
 
 _MANIFEST = "manifest.json"
+_PROMPT_CLASSES = "prompt_classes.safetensors"
 
 
 @dataclass(frozen=True)
 class GoldenPrompt:
     """What a golden trace is made of: B images of one prompt class.
 
-    condition: what `Backbone.prefix` takes. seeds: one an image.
+    condition: what `Backbone.prefix` takes. seeds: one an image, or InputError.
     """
 
     condition: tuple[Tensor, ...]
     seeds: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        if not self.seeds or any(len(tensor) != len(self.seeds) for tensor in self.condition):
+            asked = [len(tensor) for tensor in self.condition]
+            raise InputError(f"golden trace: {asked[0]} prompts and {len(self.seeds)} seeds; give one seed per prompt")
 
-def label_prompt(labels: Sequence[int], seeds: Sequence[int]) -> GoldenPrompt:
-    """A golden prompt of class labels."""
-    if len(labels) != len(seeds) or not labels:
-        raise InputError(f"golden trace: {len(labels)} labels and {len(seeds)} seeds; give one seed per label")
-    return GoldenPrompt((torch.tensor(list(labels), dtype=torch.int32),), tuple(seeds))
+
+@dataclass(frozen=True)
+class TextPart:
+    """What a bundle of a text-conditional model has besides: its encoder, and what tells its prompt classes apart."""
+
+    source: TextSource
+    discriminants: Mapping[str, Discriminant] | None
 
 
 def precision_for(wish: Literal["auto", "fp32", "fp16"], target: str) -> Literal["fp32", "fp16"]:
@@ -91,6 +101,8 @@ def write_bundle(
     condition: Condition,
     golden: Mapping[str, GoldenPrompt],
     target: str = "onnxruntime",
+    text: TextPart | None = None,
+    load_options: Mapping[str, str | int] | None = None,
     documents: Mapping[str, str] | None = None,
     engine_options: EngineOptions | None = None,
     engine_cache: Path | None = None,
@@ -109,6 +121,8 @@ def write_bundle(
         condition: how pictures are asked for; its labels name prompt classes of the plan.
         golden: by prompt class, what the golden trace shows. Empty: no trace (too large a model).
         target: one of `TARGETS`.
+        text: of a text-conditional model; its encoder's description completes `condition`.
+        load_options: what the checkpoint was loaded with, besides its files.
         documents: texts to carry along by file name, like ``profile.toml`` and ``calibration.json``.
         engine_options, engine_cache: see `toprovar.exporter.engine`.
         external_data: weights in files beside the graphs; None decides by size.
@@ -127,6 +141,14 @@ def write_bundle(
     precision = _check(backbone, plan, condition, golden, target)
     builder = open_builder(target) if target != "onnxruntime" else None  # before any work
     with _replacing_folder(folder) as place:
+        trace: dict[str, np.ndarray[Any, Any]] = {}
+        for prompt_class, prompt in golden.items():
+            say(f"golden trace of {prompt_class}")
+            arrays = golden_trace(backbone, plan, prompt_class, prompt)
+            trace |= {f"{prompt_class}/{key}": array for key, array in arrays.items()}
+        if trace:
+            write_bytes(place / "golden.safetensors", save(trace))
+        backbone.to("cpu")  # where graphs are traced and written from
         graphs = {}
         metadata = _metadata(backbone, plan, precision)
         for graph_name in GRAPHS:
@@ -137,16 +159,12 @@ def write_bundle(
         say("constants")
         loops, constants = _constants(backbone, plan, graphs)
         write_bytes(place / "constants.safetensors", save(constants))
-        trace: dict[str, np.ndarray[Any, Any]] = {}
-        for prompt_class, prompt in golden.items():
-            say(f"golden trace of {prompt_class}")
-            arrays = golden_trace(exporter, plan, prompt_class, prompt)
-            trace |= {f"{prompt_class}/{key}": array for key, array in arrays.items()}
-        if trace:
-            write_bytes(place / "golden.safetensors", save(trace))
+        if text is not None:
+            say(f"text encoder {text.source.name}")
+            condition = _write_text(place, text, condition, loops)
         save_plan(place / "plan.json", plan)
-        for file, text in (documents or {}).items():
-            write_text(place / file, text)
+        for file, content in (documents or {}).items():
+            write_text(place / file, content)
 
         infos = {
             graph_name: GraphInfo(file=f"{graph_name}.onnx", inputs=graph.inputs, outputs=graph.outputs)
@@ -183,6 +201,7 @@ def write_bundle(
             targets=cast(Any, targets),
             provenance=Provenance(
                 checkpoint_sha256=plan.checkpoint_sha256,
+                load_options=dict(load_options or {}),
                 profile=plan.profile.name,
                 profile_sha256=plan.profile_sha256,
                 calibration_sha256=plan.calibration_sha256,
@@ -211,6 +230,20 @@ def _check(
     if found != wanted:
         raise InputError(f"the plan asks for {wanted}, the model was loaded in {found}; load it in {wanted}")
     return cast(Literal["float32", "float16", "bfloat16"], found)
+
+
+def _write_text(place: Path, text: TextPart, condition: Condition, loops: Mapping[str, Schedule]) -> Condition:
+    """Encoder, tokenizer and prompt classes; the condition that names them."""
+    encoder = write_encoder(
+        text.source, place, text_width=condition.text_width or 0, maximum_tokens=condition.text_maximum_tokens or 0
+    )
+    update: dict[str, Any] = {"text_encoder": encoder}
+    if text.discriminants and set(text.discriminants) == set(loops):
+        known = [text.discriminants[name] for name in loops]
+        weights, bias = np.array([one.weights for one in known], np.float32), np.array([one.bias for one in known])
+        write_bytes(place / _PROMPT_CLASSES, save({"weights": weights, "bias": bias.astype(np.float32)}))
+        update["prompt_classes"] = _PROMPT_CLASSES
+    return condition.model_copy(update=update)
 
 
 def _metadata(backbone: Backbone, plan: Plan, precision: str) -> dict[str, str]:
@@ -325,7 +358,7 @@ class _Unclear(Exception):
 
 
 def golden_trace(
-    exporter: GraphExporter, plan: Plan, prompt_class: str, prompt: GoldenPrompt
+    backbone: Backbone, plan: Plan, prompt_class: str, prompt: GoldenPrompt
 ) -> dict[str, np.ndarray[Any, Any]]:
     """What PyTorch makes of a prompt under the plan, from the noise of its seeds: what every runtime must make again.
 
@@ -336,7 +369,7 @@ def golden_trace(
     Returns: the condition by the names of the prefix graph's inputs, ``seeds``, ``tokens_{s}`` of every scale that
     runs, ``codes`` and ``image``.
     """
-    backbone, images = exporter.backbone, len(prompt.seeds)
+    images = len(prompt.seeds)
     attempts = [[seed + i * images for seed in prompt.seeds] for i in range(_ATTEMPTS)]
     for seeds in attempts if backbone.dtype == torch.float32 else ():
         with contextlib.suppress(_Unclear):
@@ -346,8 +379,8 @@ def golden_trace(
         seeds = attempts[0]
         trace = _generate(backbone, plan, prompt_class, prompt.condition, seeds, clear=False)
     assert trace.image is not None
-    names = [info.name for info in exporter.graph("prefix").inputs]
-    tensors = dict(zip(names, prompt.condition, strict=True))
+    names = (Names.LABELS,) if len(prompt.condition) == 1 else (Names.TEXT_FEATURES, Names.TEXT_LENGTHS)
+    tensors = {name.value: tensor for name, tensor in zip(names, prompt.condition, strict=True)}
     tensors |= {f"tokens_{scale}": tokens for scale, tokens in zip(trace.scales, trace.tokens, strict=True)}
     tensors |= {"codes": trace.codes[-1], "image": trace.image}
     arrays = {name: np.ascontiguousarray(tensor.cpu().numpy()) for name, tensor in tensors.items()}

@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from toprovar.errors import FormatError, InputError
 from toprovar.profiles.manifest import Label
 from toprovar.profiles.profile import Profile, dense_profile, load_profile
+from toprovar.profiles.prompts import Prompt
 
-__all__ = ["SamplingWish", "Source", "named_profile", "read_labels", "user_source"]
+if TYPE_CHECKING:
+    from toprovar.backbones.text import TextEncoder
+
+__all__ = ["RELEASES", "SamplingWish", "Source", "TextSource", "named_profile", "read_labels", "user_source"]
+
+
+class Release(NamedTuple):
+    """A size of Infinity: layers and width, which its checkpoint must have, and the names of its released files."""
+
+    size: tuple[int, int]
+    checkpoint: str
+    vae: str
+
+
+RELEASES: dict[str, Release] = {
+    "infinity-125m": Release((12, 768), "infinity_125M_256x256.pth", "infinity_vae_d16.pth"),
+    "infinity-2b": Release((32, 2048), "infinity_2b_reg.pth", "infinity_vae_d32reg.pth"),
+    "infinity-8b": Release((40, 3584), "infinity_8b_weights", "infinity_vae_d56_f8_14_patchify.pth"),
+}
+"""Sizes that a command may name. Source: FoundationVision/Infinity on Hugging Face."""
+
+T5 = "google/flan-t5-xl"
+"""The text encoder of the released Infinity checkpoints."""
 
 _CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -35,8 +59,23 @@ class SamplingWish:
 
 
 @dataclass(frozen=True)
+class TextSource:
+    """What turns the prompts of a text-conditional model into features: an encoder, or a file that has them."""
+
+    name: str
+    """Of the encoder, for people."""
+    encoder: Callable[[], TextEncoder] | None = None
+    """Loads it."""
+    features: Path | None = None
+    prompts: tuple[Prompt, ...] = ()
+    """What comes with the model to calibrate with."""
+    per_class: int | None = None
+    """How many of them are generated for each prompt class; the others only teach the classes apart. None: all."""
+
+
+@dataclass(frozen=True)
 class Source:
-    """A model on disk. `labels` None: numbered, all of one prompt class."""
+    """A model on disk. `labels` None: numbered, all of one prompt class. `text`: it takes text, not labels."""
 
     name: str
     backbone: str
@@ -45,20 +84,77 @@ class Source:
     labels: tuple[Label, ...] | None = None
     sampling: SamplingWish = SamplingWish()
     """What suits this checkpoint; a user's wish goes over it."""
+    text: TextSource | None = None
+    load_options: Mapping[str, str | int] = field(default_factory=dict)
+    """What `backbones.load` takes besides the files: a schedule is not in a checkpoint."""
+    size: tuple[int, int] | None = None
+    """Layers and width that the checkpoint must have, where a size was named."""
 
 
-def user_source(backbone: str, checkpoint: Path | None, vae: Path | None, labels: Path | None) -> Source:
+def user_source(
+    backbone: str,
+    checkpoint: Path | None,
+    vae: Path | None,
+    labels: Path | None = None,
+    *,
+    text_encoder: str | None = None,
+    features: Path | None = None,
+    aspect: str | None = None,
+    resolution: str | None = None,
+    text_tokens: int | None = None,
+) -> Source:
     """What the options of a command name.
 
+    Args:
+        backbone: a family, or a released size of Infinity (`RELEASES`).
+        labels: of a class-conditional model, see `read_labels`.
+        text_encoder, features: of a text-conditional one: folder or name of a T5 encoder, or a file of features.
+        aspect, resolution, text_tokens: of Infinity, see `toprovar.backbones.infinity.load_infinity`.
+
     Raises:
-        InputError: a transformer without its tokenizer, or the other way round.
+        InputError: something is missing, or belongs to the other kind of model.
         FormatError: see `read_labels`.
     """
+    release = RELEASES.get(backbone)
+    family = "infinity" if release else backbone
+    takes_text = family == "infinity"
     if checkpoint is None or vae is None:
         missing = "--checkpoint" if checkpoint is None else "--vae"
-        raise InputError(f"{missing} is missing: a model is a transformer (--checkpoint) and its tokenizer (--vae)")
+        files = f", {release.checkpoint} and {release.vae}" if release else ""
+        raise InputError(
+            f"{missing} is missing: {backbone} is a transformer (--checkpoint) and its tokenizer (--vae){files}; give both"
+        )
+    if takes_text and labels is not None:
+        raise InputError(f"--labels: {backbone} takes text, not labels; leave it out")
+    given = {"--text-encoder": text_encoder, "--features": features, "--aspect": aspect, "--resolution": resolution}
+    if not takes_text and (extra := [name for name, value in {**given, "--text-tokens": text_tokens}.items() if value]):
+        raise InputError(f"{extra[0]}: {backbone} takes labels and has one schedule; leave it out")
+    if takes_text and text_encoder is None and features is None:
+        raise InputError(
+            f"--text-encoder is missing: {backbone} takes text; give the name or the folder of a T5 encoder ({T5}), or "
+            "--features, a file of text features"
+        )
     name = checkpoint.name.split(".")[0] or backbone
-    return Source(name, backbone, checkpoint, vae, read_labels(labels) if labels else None)
+    if not takes_text:
+        return Source(name, family, checkpoint, vae, read_labels(labels) if labels else None)
+    if text_tokens is not None and text_tokens < 1:
+        raise InputError(f"text-tokens is {text_tokens}; give the longest prompt in tokens, 1 or more")
+
+    def load_encoder() -> TextEncoder:
+        from toprovar.backbones.text import MAX_TOKENS, load_text_encoder
+
+        return load_text_encoder(str(text_encoder), max_tokens=text_tokens or MAX_TOKENS)
+
+    options = {"aspect": aspect, "resolution": resolution, "text_maximum_tokens": text_tokens}
+    return Source(
+        name,
+        family,
+        checkpoint,
+        vae,
+        text=TextSource(str(text_encoder), load_encoder if text_encoder is not None else None, features),
+        load_options={key: value for key, value in options.items() if value is not None},
+        size=release.size if release else None,
+    )
 
 
 def read_labels(path: Path) -> tuple[Label, ...]:
