@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from toprovar.errors import BundleError, InputError
+from toprovar.runtime import trtexec
 from toprovar.runtime.loop import Timing
 from toprovar.runtime.machine import describe_machine
 from toprovar.runtime.session import Session, TextFeatures
@@ -193,6 +194,8 @@ def markdown(document: dict[str, Any]) -> str:
             *(f"| {name} | {r['transformer']:.2f} x | {r['total']:.2f} x |" for name, r in ratio["classes"].items()),
             "",
         ]
+    if "trtexec" in document:
+        lines += trtexec.markdown(document["trtexec"])
     return "\n".join(lines)
 
 

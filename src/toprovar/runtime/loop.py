@@ -102,20 +102,20 @@ class Loop:
             self._write(name, values)
         self._write(Names.CODES, np.zeros(bound.codes(0).shape))
 
-        prefix_ms = self._timed(bound.prefix)
+        prefix_ms = self.timed(bound.prefix)
         scales: list[ScaleTiming] = []
         given: dict[int, Array] = {}
         for turn in turns:
             noise_ms = self._draw_noise(turn, seeds)
-            step_ms = self._timed(turn.step)
-            advance_ms = self._timed(turn.advance)
+            step_ms = self.timed(turn.step)
+            advance_ms = self.timed(turn.advance)
             scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
             if follow is not None:
                 given[turn.scale] = read(turn.tokens)
                 self._target.write(turn.logits, _certain(follow[turn.scale], turn.logits))
                 turn.advance()  # reads the codes that it read before, and writes over what it gave
             on_scale()
-        decode_ms = self._timed(bound.decode[len(turns) % 2])
+        decode_ms = self.timed(bound.decode[len(turns) % 2])
 
         images = read(bound.buffers[Names.IMAGE])
         total_ms = (perf_counter() - start) * 1e3
@@ -126,11 +126,20 @@ class Loop:
             timing=Timing(prompt_class, bound.batch, prefix_ms, tuple(scales), decode_ms, total_ms),
         )
 
-    def _timed(self, run: Run) -> float:
+    def turns(self, prompt_class: str) -> Sequence[Turn]:
+        """The scales of a prompt class, bound."""
+        return self._bound.turns[prompt_class]
+
+    def timed(self, run: Run) -> float:
+        """Milliseconds from asking for a run until it is done."""
         start = perf_counter()
         run()
-        self._target.synchronize()
+        self.wait()
         return (perf_counter() - start) * 1e3
+
+    def wait(self) -> None:
+        """Until everything queued has run."""
+        self._target.synchronize()
 
     def _draw_noise(self, turn: Turn, seeds: Sequence[int]) -> float:
         start = perf_counter()

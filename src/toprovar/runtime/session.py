@@ -170,7 +170,7 @@ class Session:
         tokens: list[dict[int, Array]] = [{}] * len(classes)
         timings = []
         for batch in batches:
-            trace = self._loop(len(batch)).run(
+            trace = self.loop(len(batch)).run(
                 classes[batch[0]],
                 {name: values[batch] for name, values in condition.items()},
                 [seeds[image] for image in batch],
@@ -183,7 +183,8 @@ class Session:
                 tokens[image] = {scale: values[row] for scale, values in trace.tokens.items()}
         return Result(np.stack(images), tuple(tokens), np.stack(codes), classes, tuple(timings))
 
-    def _loop(self, batch: int) -> Loop:
+    def loop(self, batch: int) -> Loop:
+        """The loop of this many images at once; made when it is first asked for."""
         if batch not in self._loops:
             own = getattr(self.target, "loop", None)  # of target torch on a GPU
             self._loops[batch] = (own(batch) if own else None) or Loop(self.bundle, self.target, batch)

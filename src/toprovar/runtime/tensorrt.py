@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
 
-__all__ = ["TensorRt", "open"]
+__all__ = ["EngineRun", "TensorRt", "open"]
 
 NAME = "tensorrt"
 
@@ -39,6 +41,22 @@ def open(bundle: Bundle, *, device: int = 0, cuda_graphs: bool = True) -> Tensor
     return TensorRt(bundle, device, cuda_graphs)
 
 
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine at the shapes of one scale, bound to its buffers; calling it queues it."""
+
+    engine: str
+    profile: int
+    shapes: Mapping[str, tuple[int, ...]]
+    """Of the inputs."""
+    _launch: Run
+    _alive: Any = field(repr=False)
+    """What a captured graph uses and does not hold."""
+
+    def __call__(self) -> None:
+        self._launch()
+
+
 class TensorRt:
     """The engines of one bundle."""
 
@@ -54,7 +72,7 @@ class TensorRt:
         self._cuda_graphs = cuda_graphs
         self._check(bundle, device)
         self._cuda: Cuda = open_cuda(device)
-        load_library(tensorrt)
+        self.plugins: Path = load_library(tensorrt)
         self._logger = tensorrt.Logger(tensorrt.Logger.WARNING)
         self._runtime = tensorrt.Runtime(self._logger)
         self._engines = {str(name): self._load(bundle, str(name)) for name in bundle.manifest.graphs}
@@ -143,12 +161,13 @@ class _Engine:
     def __init__(self, target: TensorRt, name: str, engine: Any):
         self._target, self._name, self._engine = target, name, engine
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> EngineRun:
         """Fix every address; see `toprovar.runtime.target.GraphRunner`."""
         target, engine, cuda = self._target, self._engine, self._target._cuda
         self._check_tensors(inputs, outputs)
         context = target._context(self._name, engine)
-        if not context.set_optimization_profile_async(self._profile(inputs), cuda.stream):
+        profile = self._profile(inputs)
+        if not context.set_optimization_profile_async(profile, cuda.stream):
             raise TargetError(f"target tensorrt: engine {self._name} refuses its profile; its messages above say why")
         for name, buffer in inputs.items():
             if not context.set_input_shape(name, buffer.shape):
@@ -169,18 +188,15 @@ class _Engine:
 
         enqueue()  # what TensorRT does once for new shapes must not be captured
         cuda.synchronize()
-        if not target._cuda_graphs:
-            return enqueue
-        cuda.begin_capture()
-        try:
-            enqueue()
-        finally:
-            graph = cuda.end_capture()
-
-        def run(graph: Run = graph, _alive: Any = context) -> None:
-            graph()
-
-        return run
+        launch: Run = enqueue
+        if target._cuda_graphs:
+            cuda.begin_capture()
+            try:
+                enqueue()
+            finally:
+                launch = cuda.end_capture()
+        shapes = {name: buffer.shape for name, buffer in inputs.items()}
+        return EngineRun(self._name, profile, shapes, launch, context)
 
     def _check_tensors(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
         trt, engine = self._target._trt, self._engine

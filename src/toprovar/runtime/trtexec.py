@@ -1,0 +1,180 @@
+"""The engines of a bundle in trtexec and in our runtime, at the same shapes: do we lose anything, and where.
+
+trtexec is asked for what our runtime does: one CUDA graph, no copies between host and device, a busy wait, and time to warm
+up. TensorRT 11 does so by default, 10 and 8.6 have to be told. Each scale is measured three ways:
+
+    loop      as `bench` does, one run at a time by the host's clock: launch, run and wait
+    runs      runs of the same CUDA graph queued behind each other: what the GPU spends
+    trtexec   its median "GPU Compute Time"
+
+`loop - runs` is what the host's launch and wait cost; `runs - trtexec` is the difference of the two programs on the GPU,
+which a run cannot explain by itself where it is more than noise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from toprovar.errors import InputError, TargetError
+from toprovar.runtime.loop import Loop
+from toprovar.runtime.session import Session
+from toprovar.runtime.tensorrt import NAME, EngineRun, TensorRt
+
+__all__ = ["ENVIRONMENT_VARIABLE", "command", "find_trtexec", "markdown", "measure"]
+
+ENVIRONMENT_VARIABLE = "TOPROVAR_TRTEXEC"
+_PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
+_CLOSE = 0.03
+"""A smaller part of trtexec's time is noise."""
+
+
+def find_trtexec() -> Path:
+    """trtexec: what the environment variable names, on the PATH, or where NVIDIA's packages put it.
+
+    Raises:
+        TargetError: it is nowhere.
+    """
+    given = os.environ.get(ENVIRONMENT_VARIABLE)
+    if given and not Path(given).is_file():
+        raise TargetError(f"{ENVIRONMENT_VARIABLE} is {given!r}, where no file is; set it to trtexec, or unset it")
+    for place in (given, shutil.which("trtexec"), *_PLACES):
+        if place and Path(place).is_file():
+            return Path(place)
+    raise TargetError(
+        f"trtexec was not found on the PATH or in {', '.join(_PLACES)}; set {ENVIRONMENT_VARIABLE} to it (it comes with "
+        "TensorRT's samples)"
+    )
+
+
+def command(trtexec: Path, version: str, engine: Path, plugins: Path, run: EngineRun, times: Path) -> list[str]:
+    """The command line that measures one run of an engine; `times` is where trtexec writes every time."""
+    major = int(version.split(".")[0])
+    shapes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in run.shapes.items() if shape)
+    words = [str(trtexec), f"--loadEngine={engine}", f"--dynamicPlugins={plugins}", f"--shapes={shapes}"]
+    if run.profile:
+        words.append(f"--useProfile={run.profile}")
+    if major < 11:
+        words += ["--useCudaGraph", "--noDataTransfers", "--useSpinWait"]
+    return [*words, "--warmUp=300", "--duration=1", "--iterations=30", f"--exportTimes={times}"]
+
+
+def measure(
+    session: Session,
+    trtexec: Path | None = None,
+    *,
+    prompt_classes: Sequence[str] = (),
+    on_run: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Every scale of a bundle's prompt classes in both programs.
+
+    Args:
+        session: a bundle on target tensorrt; at least one picture should have been made.
+        trtexec: default: `find_trtexec`.
+        prompt_classes: default: all. Scales with the same shapes in several classes are measured once.
+        on_run: called with (runs of trtexec done, runs in all).
+
+    Returns: what goes into a bench document as ``trtexec``; times in milliseconds. A scale that trtexec cannot run has
+        its reason in place of its time.
+
+    Raises:
+        InputError: the session runs on another target.
+        TargetError: there is no trtexec.
+    """
+    target = session.target
+    if not isinstance(target, TensorRt):
+        raise InputError(
+            f"bench --trtexec: runs engines of target {NAME}, not of {session.target_name}; give --target {NAME}"
+        )
+    program = find_trtexec() if trtexec is None else trtexec
+    engine = session.bundle.path(target.info.engines["step"])
+    loop = session.loop(session.batch_size)
+    several = "--useProfile" in _output([str(program), "--help"])
+    todo: dict[int, tuple[str, int, EngineRun]] = {}
+    for name in prompt_classes or session.prompt_classes:
+        for turn in loop.turns(name):
+            assert isinstance(turn.step, EngineRun)
+            todo.setdefault(turn.step.profile, (name, turn.scale, turn.step))
+    rows = []
+    for done, (name, scale, run) in enumerate(todo.values()):
+        on_run(done, len(todo))
+        row: dict[str, Any] = {"prompt_class": name, "scale": scale, "profile": run.profile, **_ours(loop, run)}
+        if run.profile and not several:
+            row["trtexec_missing"] = f"this trtexec runs profile 0 of an engine only, the scale has {run.profile}"
+        else:
+            row |= _theirs(program, target, engine, run)
+        rows.append(row)
+    on_run(len(todo), len(todo))
+    return {"bundle": session.bundle.manifest.name, "version": target.info.version, "scales": rows}
+
+
+def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
+    """One run at a time, and runs queued behind each other; medians."""
+    single = [loop.timed(run) for _ in range(30)]
+    count = max(3, min(200, int(200 / max(float(np.median(single)), 1e-3))))
+    batches = []
+    for _ in range(5):
+        start = perf_counter()
+        for _ in range(count):
+            run()
+        loop.wait()
+        batches.append((perf_counter() - start) * 1e3 / count)
+    return {"loop_ms": round(float(np.median(single)), 4), "runs_ms": round(float(np.median(batches)), 4)}
+
+
+def _theirs(program: Path, target: TensorRt, engine: Path, run: EngineRun) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        times = Path(folder) / "times.json"
+        words = command(program, str(target.info.version), engine, target.plugins, run, times)
+        said = _output(words)
+        try:
+            measured = [float(one["computeMs"]) for one in json.loads(times.read_text())]
+        except (OSError, ValueError, KeyError):
+            measured = []
+    if not measured:
+        errors = [line for line in said.splitlines() if "[E]" in line]
+        reason = errors[0].split("[E]")[1].strip() if errors else f"no times from {program.name}"
+        return {"trtexec_missing": reason[:300]}
+    return {"trtexec_ms": round(float(np.median(measured)), 4), "trtexec_runs": len(measured)}
+
+
+def _output(words: Sequence[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def markdown(measured: Mapping[str, Any]) -> list[str]:
+    """The table of what `measure` returned."""
+    lines = [
+        f"## {measured['bundle']}: our runtime and trtexec, TensorRT {measured['version']}",
+        "",
+        "Milliseconds of one step. loop: one at a time by the host's clock; runs: queued behind each other; trtexec: median "
+        "GPU compute time of the same engine, shapes and profile, with CUDA graphs and no copies.",
+        "",
+        "| class | scale | loop | runs | trtexec | runs to trtexec | why |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in measured["scales"]:
+        start = f"| {row['prompt_class']} | {row['scale']} | {row['loop_ms']:.3f} | {row['runs_ms']:.3f} | "
+        if "trtexec_ms" not in row:
+            lines.append(f"{start}- | - | {row['trtexec_missing']} |")
+            continue
+        difference = row["runs_ms"] / row["trtexec_ms"] - 1
+        host = f"the loop's launch and wait: {row['loop_ms'] - row['runs_ms']:.3f} ms"
+        if abs(difference) <= _CLOSE:
+            why = f"within {_CLOSE:.0%}; {host}"
+        elif difference < 0:
+            why = f"queued runs leave no gap between them, trtexec's events count it; {host}"
+        else:
+            why = f"not explained by the host; {host}"
+        lines.append(f"{start}{row['trtexec_ms']:.3f} | {difference:+.1%} | {why} |")
+    return [*lines, ""]
