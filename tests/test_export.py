@@ -202,7 +202,7 @@ def bad(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (["--checkpoint", "{var}", "--vae", "{vae}", "--calibration", "{bad}/cut.json"], "not valid JSON"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--calibration", "{bad}/none.json"], "no such file"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--precision", "int4"], "valid: auto, fp32, fp16"),
-        (["--checkpoint", "{var}", "--vae", "{vae}", "--target", "coreml"], "valid: onnxruntime, tensorrt-rtx"),
+        (["--checkpoint", "{var}", "--vae", "{vae}", "--target", "coreml"], "valid: onnxruntime, tensorrt, tensorrt-rtx"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--drop-scales", "9", "--profile", "dense"], "fewer than the 5"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--top-p", "7"], "top_p is 7"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--per-class", "0"], "0 prompts per class"),

@@ -153,7 +153,9 @@ def export(
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan in place of a profile.")] = None,
     drop_scales: Annotated[int | None, typer.Option(help="Leave out this many last scales.")] = None,
-    target: Annotated[list[str] | None, typer.Option("--target", "-t", help="onnxruntime, tensorrt-rtx.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="onnxruntime, tensorrt, tensorrt-rtx.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16.")] = "auto",
     aspect: AspectOption = None,
     resolution: ResolutionOption = None,

@@ -255,7 +255,7 @@ def test_a_folder_that_cannot_be_is_one_line(exporter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"target": "coreml"}, InputError, "valid: onnxruntime, tensorrt-rtx"),
+        ({"target": "coreml"}, InputError, "valid: onnxruntime, tensorrt, tensorrt-rtx"),
         ({"golden": {"smooth": GOLDEN["fine"]}}, InputError, "golden trace: prompt class 'smooth' is not in the plan"),
         ({"plan": {"precision": "fp16"}}, InputError, "asks for float16, the model was loaded in float32"),
     ],

@@ -48,7 +48,7 @@ from .text import write_encoder
 
 __all__ = ["GoldenPrompt", "TARGETS", "TextPart", "golden_trace", "precision_for", "write_bundle"]
 
-TARGETS = ("onnxruntime", "tensorrt-rtx")
+TARGETS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 """What a bundle can be written for. ONNX Runtime runs the graphs of every bundle."""
 
 _MANIFEST = "manifest.json"
