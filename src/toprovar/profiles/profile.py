@@ -167,9 +167,10 @@ class Tokens(Strict):
 
 
 class QualityFloor(Strict):
-    """The least fidelity to the dense result that is acceptable: a wish that a comparison checks, not a setting.
+    """The least fidelity to the dense result that is acceptable, for each prompt class.
 
-    It travels in the plan, and a report of a bundle against its dense twin says which figures fall below it.
+    `toprovar.exporter.search` looks for the fastest plan above it. Everywhere else it is a wish that a comparison checks, not a
+    setting: it travels in the plan, and a report of a bundle against its dense twin says which figures fall below it.
     """
 
     ssim: Fraction | None = None
@@ -177,6 +178,9 @@ class QualityFloor(Strict):
 
     psnr_db: float | None = Field(default=None, ge=0)
     """Mean peak signal-to-noise ratio to the dense picture of the same noise, in dB."""
+
+    accuracy: Fraction | None = None
+    """Share of the dense model's own accuracy, as a judge of what was asked for sees it in both."""
 
 
 class ClassOptions(Strict):
