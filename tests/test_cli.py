@@ -163,7 +163,11 @@ def test_bench_and_compare_write_json_and_markdown(invoke: Invoke, bundle: Path,
 
 def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
     result = invoke("report", bundle, "-l", "disc", "--repeat", 1, "-o", "r.html")
-    assert result.exit_code == 0 and result.stdout.split() == ["r.html", "r.md", "r.json", "r.png"]
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["r.html", "r.md", "r-var-bundles.json", "r-var-bundles.png"]
+    again = invoke("report", "r-var-bundles.json", "-o", "again.html")
+    assert again.exit_code == 0 and again.stdout.split() == ["again.html", "again.md", "again-var-bundles.png"]
+    assert (tmp_path / "again.html").read_text() == (tmp_path / "r.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

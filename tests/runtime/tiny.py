@@ -19,7 +19,10 @@ from safetensors.numpy import save_file
 
 from toprovar import __version__
 from toprovar.kernels.contract import CONTRACT_VERSION
+from toprovar.profiles.flops import ModelShape
 from toprovar.profiles.noise import scale_noise
+from toprovar.profiles.plan import ClassPlan, Plan, save_plan
+from toprovar.profiles.profile import Profile, QualityFloor
 
 WIDTH, HEADS, HEAD_DIM, LOGITS, SIDE = 4, 2, 2, 7, 3
 ROLES = "gdg"
@@ -275,6 +278,33 @@ def _steps(schedule: TinySchedule) -> list[dict[str, Any]]:
     return steps
 
 
+def _plan(schedules: dict[str, TinySchedule]) -> Plan:
+    """What the schedules decide, as an exporter writes it."""
+    tokens = [h * w for h, w in GRIDS]
+    classes = {}
+    for name, schedule in schedules.items():
+        run = len(schedule.keep)
+        depth = next((s for s, keep in enumerate(schedule.keep) if keep < tokens[s]), None)
+        cache = None if depth is None else depth - 1
+        classes[name] = ClassPlan(depth=depth, scales_run=tuple(range(run)), keep=schedule.keep, cache_scale=cache)
+    pruned = any(one.depth is not None for one in classes.values())
+    profile = Profile(schema="toprovar.profile/1", name="tiny", quality_floor=QualityFloor(ssim=0.999))
+    return Plan(
+        schema="toprovar.plan/1",
+        checkpoint_sha256="0" * 64,
+        model=ModelShape(
+            backbone="var", depth=len(ROLES), width=WIDTH, ffn_width=WIDTH, logits=LOGITS, code_channels=1, grids=GRIDS
+        ),
+        roles=ROLES if pruned else "g" * len(ROLES),
+        restore="cache",
+        precision="fp32",
+        classes=classes,
+        profile=profile,
+        profile_sha256=profile.sha256,
+        calibration_sha256="2" * 64 if pruned else None,
+    )
+
+
 def encode(labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Texts that stand for labels: features `[B, 3, 2]` with nonsense behind the text's end, lengths `[B]`."""
     features = np.full((len(labels), 3, 2), 9, np.float32)
@@ -313,6 +343,7 @@ def write_bundle(
         golden[f"{prompt_class}/codes"] = np.stack([trace.codes for trace in traces])
         golden[f"{prompt_class}/image"] = np.stack([trace.image for trace in traces])
     save_file(golden, root / "golden.safetensors")
+    save_plan(root / "plan.json", _plan(schedules))
     manifest = {
         "schema": "toprovar.bundle/1",
         "toprovar_version": __version__,

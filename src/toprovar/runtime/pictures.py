@@ -13,7 +13,7 @@ from toprovar.errors import TargetError
 from toprovar.profiles.files import write_bytes
 from toprovar.runtime.target import Array
 
-__all__ = ["grid", "png", "save", "to_bytes"]
+__all__ = ["grid", "pillow", "png", "save", "to_bytes"]
 
 _GAP = 6
 _CAPTION = 16
@@ -29,7 +29,7 @@ def to_bytes(image: Array) -> Array:
 def png(pixels: Array) -> bytes:
     """`[height, width, 3]` uint8 as a PNG file."""
     buffer = io.BytesIO()
-    _pillow().fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
+    pillow().fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -53,7 +53,7 @@ def grid(rows: Sequence[Sequence[Array]], row_captions: Sequence[str] = (), capt
     top = _CAPTION if captions else 0
     pitch = height + _GAP + (_CAPTION if row_captions else 0)
     size = (columns * (width + _GAP) + _GAP, top + len(rows) * pitch + _GAP)
-    sheet = _pillow().new("RGB", size, _BACKGROUND)
+    sheet = pillow().new("RGB", size, _BACKGROUND)
     draw = _draw(sheet)
     for column, caption in enumerate(captions):
         draw.text((_GAP + column * (width + _GAP), 3), caption, fill=_INK)
@@ -63,11 +63,12 @@ def grid(rows: Sequence[Sequence[Array]], row_captions: Sequence[str] = (), capt
             draw.text((_GAP, y), row_captions[index], fill=_INK)
             y += _CAPTION
         for column, image in enumerate(row):
-            sheet.paste(_pillow().fromarray(to_bytes(image)), (_GAP + column * (width + _GAP), y))
+            sheet.paste(pillow().fromarray(to_bytes(image)), (_GAP + column * (width + _GAP), y))
     return np.asarray(sheet)
 
 
-def _pillow() -> Any:
+def pillow() -> Any:
+    """Pillow's ``Image``; TargetError with what to do where it is not installed."""
     try:
         from PIL import Image
     except ImportError as error:

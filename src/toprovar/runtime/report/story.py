@@ -1,0 +1,138 @@
+"""What the report says about one model, section by section. `page` and `text` only lay it out.
+
+A part that the evidence lacks is left out, and the last section says so. Sentences mark words of the glossary, see `words`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from toprovar.profiles.evidence import ALL, METRICS
+from toprovar.runtime.report.inside import (
+    compared_pictures,
+    entropy_maps,
+    error_growth,
+    kept_tokens,
+    layer_roles,
+    rho_curves,
+)
+from toprovar.runtime.report.ledger import choices, costs, how, numbers
+from toprovar.runtime.report.rivalry import rivals, trade, waterfall
+from toprovar.runtime.report.section import Section, Tile
+from toprovar.runtime.report.view import (
+    FLOPS,
+    View,
+    class_name,
+    figure,
+    gap,
+    quality_line,
+)
+
+__all__ = ["Story", "in_short", "sections", "tell", "tiles"]
+
+
+@dataclass(frozen=True)
+class Story:
+    """All that is said about one model; the page and its Markdown twin are both made from it."""
+
+    name: str
+    title: str
+    tiles: tuple[Tile, ...]
+    in_short: tuple[str, ...]
+    sections: tuple[Section, ...]
+
+
+def tell(view: View) -> Story:
+    """The report of one model."""
+    evidence = view.evidence
+    return Story(evidence.name, evidence.title, tuple(tiles(view)), tuple(in_short(view)), tuple(sections(view)))
+
+
+def sections(view: View) -> list[Section]:
+    """Text, figures and tables, in the order in which they are read."""
+    made: list[tuple[str, Section | None]] = [
+        ("time against quality", trade(view)),
+        ("each rival at its own speed", rivals(view)),
+        ("time per scale", waterfall(view)),
+        ("entropy maps", entropy_maps(view)),
+        ("kept tokens", kept_tokens(view)),
+        ("rho over the scales", rho_curves(view)),
+        ("layer roles", layer_roles(view)),
+        ("pictures", compared_pictures(view)),
+        ("how errors grow", error_growth(view)),
+        ("other choices", choices(view)),
+        ("what the method itself costs", costs(view)),
+        ("all numbers", numbers(view)),
+    ]
+    missing = [name for name, section in made if section is None]
+    return [section for _, section in made if section is not None] + [how(view, missing)]
+
+
+def tiles(view: View) -> list[Tile]:
+    """The headline policy, and beside it what dropping scales alone does."""
+    shown = [view.headline] if view.headline else []
+    shown += [policy for policy in view.ours if policy not in shown][:2]
+    drops = [policy for policy in view.policies if policy.family == "drop"]
+    shown += sorted(drops, key=lambda one: -(view.speed_up(one) or 0))[:1]
+    made = []
+    for policy in shown:
+        speed = view.speed_up(policy)
+        if speed is None:
+            continue
+        made.append(Tile(policy.family, policy.title, f"{speed:.1f}×", quality_line(view, policy)))
+    return made
+
+
+def in_short(view: View) -> list[str]:
+    """What was found, in sentences; where we lose stands among them."""
+    found = []
+    name, clock = view.headline, view.cost_name(view.costs[0])
+    if name is not None and (speed := view.speed_up(name)) is not None:
+        how = "does a picture with" if view.costs[0] == FLOPS else f"makes a picture, by {clock},"
+        amount = f"{speed:.2f} times less arithmetic" if view.costs[0] == FLOPS else f"{speed:.2f} times as fast"
+        quality = quality_line(view, name)
+        found.append(f"{name.title} {how} {amount} as the dense model" + (f", at {quality}." if quality else "."))
+    if drops := [policy for policy in view.policies if policy.family == "drop" and view.speed_up(policy)]:
+        best = max(drops, key=lambda one: view.speed_up(one) or 0)
+        found.append(
+            f"Leaving out the last scales and nothing else ({best.title}) gives {view.speed_up(best):.2f} times, at "
+            f"{quality_line(view, best)}: whatever a method gains must be seen beside this."
+        )
+    comparisons = view.evidence.comparisons
+    if comparisons:
+        count = {
+            verdict: sum(one.verdict == verdict for one in comparisons)
+            for verdict in ("better", "equal", "worse", "none")
+        }
+        rest = f"; in {count['none']} no policy of ours is as fast" if count["none"] else ""
+        found.append(
+            f"Against each rival at its own speed, {len(comparisons)} comparisons over metrics and prompt classes: ours is "
+            f"better by more than the interval in {count['better']}, equal within it in {count['equal']}, worse in "
+            f"{count['worse']}{rest}."
+        )
+    for one in view.beaten()[:4]:
+        assert one.difference is not None
+        rival = view.evidence.policy(one.rival).title
+        reason = f" {one.reason}" if one.reason else ""
+        found.append(
+            f"Beaten: {rival} is better in {METRICS[one.metric].title} on {class_name(one.prompt_class)}, by "
+            f"{gap(one.metric, -one.difference.mean).lstrip('+')}.{reason}"
+        )
+    found += _below_floor(view)
+    return found
+
+
+def _below_floor(view: View) -> list[str]:
+    """Policies that miss the floor that their own profile asks for."""
+    found = []
+    for policy in view.policies:
+        floor = policy.settings.get("floor")
+        if not isinstance(floor, Mapping):
+            continue
+        for metric, least in floor.items():
+            value = view.metric(policy, ALL, metric)
+            if value is not None and isinstance(least, (int, float)) and value.mean < least:
+                title, own = METRICS[metric].title, figure(metric, value.mean)
+                found.append(f"{policy.title}: {title} {own} is below its profile's floor of {figure(metric, least)}.")
+    return found
