@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,11 @@ from toprovar.kernels import contract, hopper
 
 from .cases import DISTRIBUTIONS, attention_errors, attention_inputs
 
-on_hopper = pytest.mark.skipif(not hopper.available(), reason="needs a Hopper GPU (compute capability 9.0)")
+
+def on_hopper(test: Callable[..., None]) -> Callable[..., None]:
+    skip = pytest.mark.skipif(not hopper.available(), reason="needs a Hopper GPU (compute capability 9.0)")
+    return pytest.mark.gpu(skip(test))
+
 
 SCALES = (1, 4, 16, 36, 64, 144, 256, 400, 576, 1024, 1600, 2304, 4096)
 """Queries of each scale of Infinity at 1024 x 1024; the keys of a scale are all up to its own."""
@@ -98,7 +104,7 @@ def test_what_the_kernel_takes() -> None:
 
 
 @pytest.mark.skipif(hopper._nvrtc() is None and shutil.which("nvcc") is None, reason="needs NVRTC or nvcc")
-def test_it_compiles_without_a_gpu_and_is_kept(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_without_a_gpu_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOPROVAR_CACHE", str(tmp_path))
     variant = hopper.VARIANTS["float16", 64, False]
     cubin = hopper.build_cubin(variant)
