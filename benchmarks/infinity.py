@@ -2,11 +2,12 @@
 
     python benchmarks/infinity.py --out benchmarks/results [--models 2b,8b] [--batches 1,4] [--quick]
 
-Speed does not depend on the weights, so they are random, at the true sizes. Keep ratios do depend on a calibration; random
-weights have none worth the name, so each profile's plan is made with its depth fixed at its own `min_grid` and its share
-of detail layers spread evenly over depth (`assumed_plan`). The floor of a plan is its FLOPs at the rates of a plain GEMM and
-of this project's attention, both measured in the same run. A result is checked before it is timed: the same noise gives
-the same picture twice, and the fused graphs give the logits of the plain PyTorch step within bf16 noise.
+Speed does not depend on the weights, so they are random, at the true sizes. Keep ratios do depend on a calibration, and random
+weights have none worth the name: the plans are those that the profiles make of the embedded demo's calibration
+(benchmarks/results/demo-calibration.json), carried over to the larger model by `carried_plan`. The floor of a plan is its
+FLOPs at the rates of a plain GEMM and of this project's attention, both measured in the same run. A result is checked before
+it is timed: the same noise gives the same picture twice, and the fused graphs give the logits of the plain PyTorch step
+within bf16 noise.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from toprovar.backbones.infinity import Infinity, InfinitySizes
 from toprovar.backbones.infinity_graphs import InfinityGraphs
 from toprovar.backbones.schedules import schedule
 from toprovar.exporter.calibrate import model_shape
-from toprovar.exporter.plan import kept_tokens
+from toprovar.exporter.plan import kept_tokens, make_plan, role_scores
 from toprovar.kernels import entropy_attention
+from toprovar.profiles.calibration import Calibration, load_calibration
 from toprovar.profiles.flops import plan_flops
+from toprovar.profiles.noise import scale_noise
 from toprovar.profiles.profile import SHIPPED, Profile, load_profile
 
 TEXT_TOKENS = 64
@@ -52,6 +55,11 @@ SIZES = {
 ORIGINAL_S = {"2b": 1.16, "8b": 1.74}
 """Seconds per image of the original code on the same kind of GPU, median of 13 runs."""
 FASTVAR_S = {"2b": 0.80}
+CLASSES = ("object", "texture")
+"""Prompt classes of the calibration: of the first, `fast` leaves out two scales, of the second none."""
+
+MOST_FLIPS = 0.05
+"""Share of bits that bf16 may turn over between two correct ways of computing: random weights leave many near ties."""
 
 
 def build(name: str) -> Infinity:
@@ -69,17 +77,33 @@ def build(name: str) -> Infinity:
     return backbone
 
 
-def assumed_plan(profile: Profile, backbone: Infinity) -> Pruning:
-    """The profile's plan with depth at `min_grid` and the detail layers spread evenly; see the module's docstring."""
-    spec = backbone.spec
-    run = spec.scales - (profile.drop_scales if isinstance(profile.drop_scales, int) else len(profile.drop_scales))
-    share = min(profile.roles.max_detail, 0.75)
-    every = round(1 / (1 - share)) if share < 1 else spec.depth
-    roles = "".join("g" if layer % every == 0 else "d" for layer in range(spec.depth))
-    first = next(s for s, n in enumerate(spec.tokens) if n >= profile.depth.min_grid**2)
-    model = model_shape(backbone, TEXT_TOKENS)
-    keep = kept_tokens(model, profile.tokens, spec.scales, first, 1.0, f"profile {profile.name}")
-    return Pruning(roles, keep, first - 1, "cache", tuple(range(run)))
+def carried_plan(profile: Profile, calibration: Calibration, prompt_class: str, backbone: Infinity) -> Pruning:
+    """What the profile decides of a prompt class of a calibrated model, for another model.
+
+    D is the first scale whose share of the last scale's tokens is at least the one found; layers take the role of the
+    layer at their share of the depth; the number of scales left out, and the layers' mean score, are kept.
+    """
+    spec, model = backbone.spec, model_shape(backbone, TEXT_TOKENS)
+    plan = make_plan(profile, calibration)
+    one, source = plan.for_class(prompt_class), calibration.model
+    roles = "".join(plan.roles[layer * source.depth // spec.depth] for layer in range(spec.depth))
+    run = spec.scales - (len(source.grids) - len(one.scales_run))
+    opening = None
+    if one.depth is not None:
+        share = source.tokens[one.depth] / source.tokens[-1]
+        opening = next(s for s, tokens in enumerate(spec.tokens) if tokens / spec.tokens[-1] >= share - 1e-9)
+    scores = role_scores(calibration, profile.roles).score
+    detail = [score for score, role in zip(scores, plan.roles, strict=True) if role == "d"]
+    keep = kept_tokens(
+        model, profile.tokens, run, opening, statistics.fmean(detail or [1.0]), f"profile {profile.name}"
+    )
+    return Pruning(
+        roles,
+        keep + spec.tokens[run:],
+        None if opening is None else opening - 1,
+        profile.restore,
+        tuple(range(run)),
+    )
 
 
 def median_ms(run: Callable[[], Any], repeats: int = 20) -> float:
@@ -175,16 +199,38 @@ def check_step(backbone: Infinity) -> float:
     return worst
 
 
+def check_bits(backbone: Infinity, pruning: Pruning) -> float:
+    """Share of bits that the engine draws differently from plain PyTorch, each scale shown PyTorch's bits before it."""
+    text = torch.randn(1, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
+    condition = text, torch.full((1,), TEXT_TOKENS, device="cuda")
+    trace = generate(
+        backbone,
+        backbone.prefix(*condition),
+        pruning=pruning,
+        noise=lambda scale, shape: torch.from_numpy(scale_noise([1], scale, shape[0], shape[2])),
+        decode=False,
+    )
+    engine = InfinityGraphs(backbone, pruning, text_tokens=TEXT_TOKENS, graphs=False)
+    engine.load(condition, [1], dict(zip(trace.scales, trace.tokens, strict=True)))
+    with torch.no_grad():
+        for _, stage in engine.stages[:-1]:
+            stage()
+    pairs = zip(engine.bits, trace.tokens, strict=True)
+    different = sum(int((found != wanted).sum()) for found, wanted in pairs if found is not None)
+    return different / sum(wanted.numel() for wanted in trace.tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--models", default="2b,8b")
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--quick", action="store_true", help="dense and fast, batch 1, few repeats")
+    parser.add_argument("--calibration", type=Path, default=Path(__file__).parent / "results/demo-calibration.json")
     parser.add_argument("--commit", default="", help="of the code measured, where git cannot tell")
     arguments = parser.parse_args()
     repeats = 5 if arguments.quick else 15
-    torch.backends.cudnn.benchmark = True
+    calibration = load_calibration(arguments.calibration)
     rate = rates()
     commit = arguments.commit
     if not commit:
@@ -197,12 +243,14 @@ def main() -> None:
         "python": platform.python_version(),
         "commit": commit,
         "text_tokens": TEXT_TOKENS,
+        "calibration_sha256": calibration.sha256,
         **rate,
         "rows": [],
     }
     print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
     for model in arguments.models.split(","):
         backbone = build(model)
+        fast = {name: carried_plan(load_profile("fast"), calibration, name, backbone) for name in CLASSES}
         difference = check_step(backbone)
         print(
             f"{model}: fused step against the plain step, largest logit difference / spread: {difference:.3f}",
@@ -211,15 +259,24 @@ def main() -> None:
         report[f"{model}_step_difference"] = difference
         if difference > 0.25:
             raise SystemExit("wrong result: no speed is reported")
+        for name, pruning in (("dense", Pruning.none(backbone.spec)), ("fast", fast[CLASSES[0]])):
+            share = check_bits(backbone, pruning)
+            print(f"{model} {name}: {share:.2%} of the bits are drawn differently from plain PyTorch's", flush=True)
+            report[f"{model}_{name}_bits_different"] = share
+            if share > MOST_FLIPS:
+                raise SystemExit("wrong result: no speed is reported")
         dense = Pruning.none(backbone.spec)
         drop_two = dataclasses.replace(dense, scales_run=tuple(range(backbone.spec.scales - 2)))
         cases: list[tuple[str, Pruning, bool]] = [("dense", dense, True)]
         if not arguments.quick:
             cases += [("dense", dense, False), ("drop-last-two only", drop_two, True)]
-        for name in ("fast",) if arguments.quick else SHIPPED:
-            cases.append((name, assumed_plan(load_profile(name), backbone), True))
+        for name in () if arguments.quick else SHIPPED:
+            if name != "fast":
+                pruning = carried_plan(load_profile(name), calibration, CLASSES[0], backbone)
+                cases.append((f"{name}, {CLASSES[0]}", pruning, True))
+        cases += [(f"fast, {name}", pruning, True) for name, pruning in fast.items()]
         if not arguments.quick:
-            cases.append(("fast", assumed_plan(load_profile("fast"), backbone), False))
+            cases.append((f"fast, {CLASSES[0]}", fast[CLASSES[0]], False))
         for images in (1,) if arguments.quick else tuple(map(int, arguments.batches.split(","))):
             text = torch.randn(images, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
             condition = (text, torch.full((images,), TEXT_TOKENS, device="cuda"))
@@ -269,14 +326,17 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Infinity at 1024 x 1024, CFG, bf16, random weights, {report['text_tokens']} text tokens; {report['gpu']}, "
         f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
-        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms.",
+        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: profile and prompt class, "
+        f"from the demo's calibration {report['calibration_sha256'][:12]}; `of floor`: the transformer's, by its plan's FLOPs.",
         "",
-        "| model | batch | plan | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | to dense | GiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | batch | plan | scales | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | "
+        "to dense | GiB |",
+        "|" + " --- |" * 13,
     ]
     for row in report["rows"]:
         lines.append(
-            f"| {row['model']} | {row['batch']} | {row['case']} | {'yes' if row['cuda_graphs'] else 'no'} | "
+            f"| {row['model']} | {row['batch']} | {row['case']} | {row['scales_run']} | "
+            f"{'yes' if row['cuda_graphs'] else 'no'} | "
             f"{row['total_ms']:.1f} | {row['total_ms_p20']:.1f} – {row['total_ms_p80']:.1f} | {row['transformer_ms']:.1f} | "
             f"{row['decode_ms']:.1f} | {row['floor_ms']:.1f} | {row['of_floor']:.0%} | {row['speedup']:.2f} | "
             f"{row['peak_memory_gib']:.1f} |"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -115,7 +118,7 @@ def tiny_infinity() -> Infinity:
     torch.manual_seed(0)
     spec = InfinitySpec(
         backbone="infinity",
-        depth=6,
+        depth=4,
         width=64,
         heads=4,
         head_dim=16,
@@ -146,8 +149,8 @@ def infinity() -> None:
     dense = Pruning.none(backbone.spec)
     cases = [
         (dense, [5, 5]),
-        (Pruning("gddgdd", (1, 4, 10, 13), 1), [5, 3]),
-        (Pruning("gddgdd", (1, 4, 10, 13), None, "identity"), [5, 5]),
+        (Pruning("gdgd", (1, 4, 10, 13), 1), [5, 3]),
+        (Pruning("gdgd", (1, 4, 10, 13), None, "identity"), [5, 5]),
         (dataclasses.replace(dense, scales_run=(0, 1, 2)), [5, 5]),
     ]
     seeds = [7, 9]
@@ -170,6 +173,41 @@ def infinity() -> None:
         )
         assert wanted.image is not None
         near(engine.generate(condition, seeds), wanted.image, 1e-4)
+    graph_loop(backbone, text)
+
+
+def graph_loop(backbone: Infinity, text: torch.Tensor) -> None:
+    """The loop of target torch, by a bundle's schedule; the second picture follows the tokens of the first."""
+    from toprovar.runtime.torch_graphs import GraphLoop
+
+    pruning = Pruning("gdgd", (1, 4, 10, 13), 1, scales_run=(0, 1, 2))
+    steps = [SimpleNamespace(scale=s, keep=pruning.keep[s], capture_span_delta=s == 1) for s in (0, 1, 2)]
+    bundle: Any = SimpleNamespace(
+        manifest=SimpleNamespace(
+            schedules={"plain": SimpleNamespace(steps=steps)},
+            model=SimpleNamespace(roles=pruning.roles),
+            precision="float32",
+        ),
+        graph=lambda name: SimpleNamespace(inputs=[SimpleNamespace(name="span_cache_0")]),
+    )
+    condition = (text[:1], torch.tensor([3]))
+    wanted = generate(
+        backbone,
+        backbone.prefix(*condition),
+        pruning=pruning,
+        noise=lambda s, shape: torch.from_numpy(scale_noise([7], s, shape[0], shape[2])),
+    )
+    assert wanted.image is not None
+    loop = GraphLoop(bundle, backbone, 1, graphs=False)
+    inputs = {"text_features": condition[0].numpy(), "text_lengths": np.array([3], np.int32)}
+    done: list[int] = []
+    first = loop.run("plain", inputs, [7], lambda: done.append(1))
+    near(torch.from_numpy(first.images), wanted.image, 1e-4)
+    assert len(done) == 3 and len(first.timing.scales) == 3
+    for scale, tokens in zip((0, 1, 2), wanted.tokens, strict=True):
+        assert np.array_equal(first.tokens[scale], tokens.numpy())
+    second = loop.run("plain", inputs, [8], follow=first.tokens)
+    assert np.array_equal(second.codes, first.codes) and not np.array_equal(second.tokens[2], first.tokens[2])
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class ScaleRun:
         keep_slots: ``[K]`` int32 on the device.
         area_rows, area_cols: from the cached grid to this one, or None.
         capture: this dense scale fills the restore cache.
+        last: nothing reads this scale's keys and values later.
     """
 
     scale: int
@@ -59,6 +60,7 @@ class ScaleRun:
     area_rows: Tensor | None
     area_cols: Tensor | None
     capture: bool
+    last: bool
 
     @property
     def pruned(self) -> bool:
@@ -92,6 +94,7 @@ def scale_runs(
                 torch.zeros(kept, dtype=torch.int32, device=device),
                 *area,
                 capture=scale == cache_scale,
+                last=scale == scales[-1],
             )
         )
         past_global += tokens
@@ -100,25 +103,35 @@ def scale_runs(
 
 
 class KeyValueCache:
-    """Keys and values of all layers, ``[capacity, R, H, D]`` each, allocated once."""
+    """Keys and values of all layers, ``[P, R, H, D]`` each, allocated once.
+
+    The last scale's, two fifths of all, are read by their own layer only, so all layers share one place for them.
+    """
 
     def __init__(self, backbone: Infinity, roles: str, rows: int, runs: Sequence[ScaleRun]) -> None:
-        spec = backbone.spec
-        last = runs[-1]
-        capacity = {"g": last.past_global + last.tokens, "d": last.past_detail + last.keep}
-        self.keys, self.values = (
-            [
-                torch.empty(
-                    capacity[role], rows, spec.heads, spec.head_dim, dtype=backbone.dtype, device=backbone.device
-                )
-                for role in roles
-            ]
-            for _ in range(2)
-        )
+        spec, last = backbone.spec, runs[-1]
+
+        def pair(tokens: int) -> tuple[Tensor, Tensor]:
+            shape = tokens, rows, spec.heads, spec.head_dim
+            k, v = (torch.empty(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(2))
+            return k, v
+
+        self._past = [pair(last.past_global if role == "g" else last.past_detail) for role in roles]
+        self._last = pair(last.tokens)
+        self._roles = roles
+
+    def pieces(self, layer: int, run: ScaleRun, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """past_k, past_v, and where the new keys and values of so many tokens are to be written."""
+        start = run.past_global if self._roles[layer] == "g" else run.past_detail
+        (keys, values), (new_k, new_v) = self._past[layer], self._last
+        if run.last:
+            return keys[:start], values[:start], new_k[:tokens], new_v[:tokens]
+        end = start + tokens
+        return keys[:start], values[:start], keys[start:end], values[start:end]
 
     @property
     def size_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for pair in (*self._past, self._last) for t in pair)
 
 
 class _Layer:
@@ -291,9 +304,7 @@ class FusedStep:
         layer, spec, dtype = self.layers[index], self.backbone.spec, self.backbone.dtype
         gamma1, gamma2, scale1, scale2, shift1, shift2 = context["modulation"][index].unbind(0)
         n, rows, width = stream.x.shape
-        start = run.past_global if self.roles[index] == "g" else run.past_detail
-        keys, values = cache.keys[index], cache.values[index]
-        new_k, new_v = keys[start : start + n], values[start : start + n]
+        past_k, past_v, new_k, new_v = cache.pieces(index, run, n)
 
         product, bias = self._parts(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias, "qkv")
         q = torch.empty_like(new_k)
@@ -309,7 +320,7 @@ class FusedStep:
             indices=indices,
         )
         attended = entropy_attention(
-            q, keys[:start], values[:start], new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
+            q, past_k, past_v, new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
         )
         stream.branch, stream.bias = self._branch(attended.out.view(n, rows, width), layer.sa_proj, "proj")
         stream.gamma = gamma1

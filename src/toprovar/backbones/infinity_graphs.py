@@ -128,6 +128,7 @@ class InfinityGraphs:
                 stage()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graphs' pool cannot use what the first run leaves
         pool = torch.cuda.graph_pool_handle()
         replays: list[tuple[str, Callable[[], None]]] = []
         for name, stage in self.stages:

@@ -42,13 +42,14 @@ THIN_ROWS = 128
 
 @dataclass(frozen=True)
 class Thin:
-    """How a thin product is cut: outputs and K of a tile, parts that K is cut into, warps, loads in flight."""
+    """How a thin product is cut: outputs and K of a tile, parts that K is cut into, warps, loads in flight, most rows."""
 
     outputs: int
     k: int
     parts: int
     warps: int = 4
     stages: int = 4
+    rows: int = 128
 
 
 def thin_parts(rows: int, outputs: int, inputs: int, *, whole: bool) -> Thin:
@@ -93,7 +94,7 @@ def _thin_linear(
     length: tl.constexpr = K // PARTS
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     first = tl.program_id(1) * length
-    m = tl.arange(0, ROWS)
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     weights = W + n.to(tl.int64) * K + first
     if OVERLAP:
@@ -133,7 +134,7 @@ def thin_linear(
     """``x W^T + b`` for few rows.
 
     Args:
-        x: ``[M, K]`` fp16 or bf16, contiguous, M at most `THIN_ROWS`.
+        x: ``[M, K]`` fp16 or bf16, contiguous.
         weight: ``[N, K]``; N a multiple of the cut's outputs, K of its parts times its k.
         bias: ``[N]``, or None.
         gelu: the tanh form of GELU behind it.
@@ -152,7 +153,8 @@ def thin_linear(
     else:
         y = torch.empty((cut.parts, rows, outputs), dtype=torch.float32, device=x.device)
     overlap = overlaps(x)
-    _thin_linear[(outputs // cut.outputs, cut.parts)](
+    tile = min(cut.rows, max(16, triton.next_power_of_2(rows)))
+    _thin_linear[(outputs // cut.outputs, cut.parts, triton.cdiv(rows, tile))](
         x,
         weight,
         x if bias is None else bias,
@@ -160,7 +162,7 @@ def thin_linear(
         rows,
         N=outputs,
         K=inputs,
-        ROWS=max(16, triton.next_power_of_2(rows)),
+        ROWS=tile,
         OUTPUTS=cut.outputs,
         BLOCK_K=cut.k,
         PARTS=cut.parts,
@@ -264,7 +266,7 @@ class _Product:
         ):
             _check(library.cublasLtMatrixLayoutCreate(ctypes.byref(layout), kind, height, width, height), "a layout")
         self._one, self._zero, self._bias = ctypes.c_float(1.0), ctypes.c_float(0.0), ctypes.c_void_p()
-        self.algorithm = _Proposal()
+        self.proposal = _Proposal()
 
     def _set(self, attribute: int, value: ctypes.c_int32 | ctypes.c_void_p) -> None:
         _check(
@@ -300,14 +302,18 @@ class _Product:
         of_weight, of_x, of_y = self._layouts
         status: int = self._library.cublasLtMatmul(
             self._handle, self._descriptor, ctypes.byref(self._one), weight.data_ptr(), of_weight, x.data_ptr(), of_x,
-            ctypes.byref(self._zero), y.data_ptr(), of_y, y.data_ptr(), of_y, ctypes.byref(self.algorithm.algorithm),
+            ctypes.byref(self._zero), y.data_ptr(), of_y, y.data_ptr(), of_y, ctypes.byref(self.proposal.algorithm),
             workspace.data_ptr(), workspace.numel(), torch.cuda.current_stream(x.device).cuda_stream,
         )  # fmt: skip
         return status
 
 
+_chosen: dict[tuple[int | None, tuple[int, int, int], torch.dtype, bool], _Proposal] = {}
+"""(device, [rows, outputs, inputs], dtype, GELU) -> what won; for this process."""
+
+
 class Products:
-    """The products of one model, each shape's algorithm chosen by the clock when it is first met.
+    """The products of one model, each shape's algorithm chosen by the clock when the process first meets it.
 
     They share a workspace, so one object serves one stream. Where cuBLASLt is not found, PyTorch's own choice runs.
     First meetings cannot be captured in a CUDA graph.
@@ -315,7 +321,7 @@ class Products:
 
     def __init__(self, device: torch.device) -> None:
         self._library = _library() if device.type == "cuda" else None
-        self._chosen: dict[tuple[tuple[int, int, int], torch.dtype, bool], _Product] = {}
+        self._ready: dict[tuple[tuple[int, int, int], torch.dtype, bool], _Product] = {}
         if self._library is not None:
             self._handle = ctypes.c_void_p()
             _check(self._library.cublasLtCreate(ctypes.byref(self._handle)), "its handle")
@@ -338,21 +344,24 @@ class Products:
             return F.gelu(y, approximate="tanh") if gelu else y
         flat = x.view(-1, x.shape[-1])
         y = torch.empty((flat.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
-        key = ((flat.shape[0], *weight.shape), x.dtype, gelu)
-        product = self._chosen.get(key)
+        key = ((flat.shape[0], weight.shape[0], weight.shape[1]), x.dtype, gelu)
+        product = self._ready.get(key)
         if product is None:
-            product = _Product(self._library, self._handle, key[0], x.dtype, gelu)
-            self._choose(product, flat, like or (weight,), bias, y)
-            self._chosen[key] = product
+            product = _Product(self._library, self._handle, *key)
+            met = (x.device.index, *key)
+            if met not in _chosen:
+                _chosen[met] = self._choose(product, flat, like or (weight,), bias, y)
+            product.proposal = _chosen[met]
+            self._ready[key] = product
         _check(product(flat, weight, bias, y, self._workspace), "a product")
         return y.view(*x.shape[:-1], weight.shape[0])
 
-    def _choose(self, product: _Product, x: Tensor, weights: Sequence[Tensor], bias: Tensor, y: Tensor) -> None:
+    def _choose(self, product: _Product, x: Tensor, weights: Sequence[Tensor], bias: Tensor, y: Tensor) -> _Proposal:
         """Times every proposal over the given weights, then the best four again, in turn."""
         weights = weights[:8]
 
         def pass_ms(proposal: _Proposal) -> float:
-            product.algorithm = proposal
+            product.proposal = proposal
 
             def run() -> int:
                 return max(product(x, weight, bias, y, self._workspace) for weight in weights)
@@ -365,7 +374,7 @@ class Products:
         first = {index: pass_ms(proposal) for index, proposal in enumerate(proposals)}
         best = sorted(first, key=first.__getitem__)[:4]
         times = {index: statistics.median(pass_ms(proposals[index]) for _ in range(3)) for index in best}
-        product.algorithm = proposals[min(times, key=times.__getitem__)]
+        return proposals[min(times, key=times.__getitem__)]
 
 
 def _elapsed_ms(run: Callable[[], int]) -> float:
