@@ -1,0 +1,154 @@
+"""Bundles to measure TensorRT with, and pictures to compare runtimes by.
+
+    python benchmarks/tensorrt_bundle.py infinity FOLDER --plan fast --depth 32    with PyTorch and a GPU
+    python benchmarks/tensorrt_bundle.py pictures BUNDLE OUT.npz --target tensorrt
+    python benchmarks/tensorrt_bundle.py compare A.npz B.npz [C.png]
+
+`infinity` writes Infinity-2B at 1024 x 1024 with random weights in fp16 (speed does not depend on them) and one golden
+picture; `--depth` takes fewer of its 32 layers. Its plans are those of benchmarks/infinity.py. `compare` counts tokens that
+differ and the largest difference of a pixel, and exits 1 above 2/255; a PNG (of toprovar_run) is held against A.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TEXT_TOKENS = 64
+CLASS = "default"
+
+
+def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
+    """A bundle of random weights; see the module's docstring."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    import infinity
+
+    from toprovar.exporter.calibrate import model_shape
+    from toprovar.exporter.graph import GraphExporter
+    from toprovar.exporter.package import GoldenPrompt, write_bundle
+    from toprovar.exporter.plan import make_dense_plan
+    from toprovar.profiles.manifest import Condition
+    from toprovar.profiles.plan import ClassPlan, Plan
+    from toprovar.profiles.profile import dense_profile, load_profile
+
+    sizes, vae = infinity.SIZES["2b"]
+    if depth != sizes.depth:
+        sizes = dataclasses.replace(sizes, depth=depth, chunks=min(sizes.chunks, depth))
+    infinity.SIZES["2b"] = (sizes, vae)
+    backbone = infinity.build("2b")
+    backbone.set_precision(torch.float16)
+    spec, shape = backbone.spec, model_shape(backbone, TEXT_TOKENS)
+    random = hashlib.sha256(b"random weights").hexdigest()
+    if plan_name == "dense":
+        plan = make_dense_plan(shape, random, (CLASS,), dense_profile(precision="fp16"))
+    else:
+        profile = load_profile(plan_name)
+        assumed = infinity.assumed_plan(profile, backbone)
+        run = assumed.scales_run or tuple(range(spec.scales))
+        keep = tuple(assumed.keep[scale] for scale in run)
+        first = next(scale for scale, kept in enumerate(keep) if kept < spec.tokens[scale])
+        plan = Plan(
+            schema="toprovar.plan/1",
+            checkpoint_sha256=random,
+            model=shape,
+            roles=assumed.roles,
+            restore=assumed.restore,
+            precision="fp16",
+            classes={CLASS: ClassPlan(depth=first, scales_run=run, keep=keep, cache_scale=first - 1)},
+            profile=profile,
+            profile_sha256=profile.sha256,
+            calibration_sha256=hashlib.sha256(b"assumed").hexdigest(),
+        )
+    text = torch.randn(1, TEXT_TOKENS, spec.text_width, device=backbone.device)
+    golden = GoldenPrompt((text, torch.full((1,), TEXT_TOKENS, device=backbone.device, dtype=torch.int32)), (0,))
+    write_bundle(
+        folder,
+        GraphExporter(backbone),
+        plan,
+        name=f"infinity-2b-{plan_name}" + (f"-{depth}-layers" if depth != 32 else ""),
+        condition=Condition(kind="text", text_width=spec.text_width, text_maximum_tokens=TEXT_TOKENS),
+        golden={CLASS: golden},
+        on_stage=lambda stage: print(stage, flush=True),
+    )
+
+
+def write_pictures(bundle: Path, out: Path, target: str, count: int) -> None:
+    """Pictures of every label, `count` seeds each, freely made: images and tokens."""
+    from toprovar.runtime.session import Session
+
+    session = Session(bundle, target)
+    labels = [label for label in session.labels for _ in range(count)]
+    seeds = [seed for _ in session.labels for seed in range(count)]
+    result = session.generate(labels, seeds)
+    flat = [np.concatenate([tokens.reshape(-1) for tokens in one.values()]) for one in result.tokens]
+    tokens_of = {f"tokens_{i}": tokens for i, tokens in enumerate(flat)}
+    np.savez(out, images=result.images, labels=np.array(labels), seeds=np.array(seeds), **tokens_of)
+
+
+def compare(first: Path, second: Path, picture: Path | None) -> bool:
+    """Print how two sets of pictures differ."""
+    a, b = np.load(first), np.load(second)
+    if picture is not None:
+        from PIL import Image
+
+        pixels = np.asarray(Image.open(picture), np.int16)
+        expected = np.round(a["images"][0].transpose(1, 2, 0) * 255).astype(np.int16)
+        print(json.dumps({"png": picture.name, "largest_difference_of_a_byte": int(np.abs(pixels - expected).max())}))
+    equal, worst, flips, total = 0, 0.0, 0, 0
+    for i in range(len(a["images"])):
+        wrong = int((a[f"tokens_{i}"] != b[f"tokens_{i}"]).sum())
+        flips, total = flips + wrong, total + a[f"tokens_{i}"].size
+        if wrong == 0:
+            equal += 1
+            worst = max(worst, float(np.abs(a["images"][i] - b["images"][i]).max()))
+    print(
+        json.dumps(
+            {
+                "a": first.stem,
+                "b": second.stem,
+                "pictures": len(a["images"]),
+                "with_equal_tokens": equal,
+                "largest_difference_of_those": worst,
+                "tokens_that_differ": round(flips / total, 5),
+            }
+        )
+    )
+    return worst <= 2 / 255
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    make = verbs.add_parser("infinity")
+    make.add_argument("folder", type=Path)
+    make.add_argument("--plan", default="dense")
+    make.add_argument("--depth", type=int, default=32)
+    pictures = verbs.add_parser("pictures")
+    pictures.add_argument("bundle", type=Path)
+    pictures.add_argument("out", type=Path)
+    pictures.add_argument("--target", default="tensorrt")
+    pictures.add_argument("--count", type=int, default=2)
+    two = verbs.add_parser("compare")
+    two.add_argument("first", type=Path)
+    two.add_argument("second", type=Path)
+    two.add_argument("picture", type=Path, nargs="?")
+    given = parser.parse_args()
+    if given.verb == "infinity":
+        write_infinity(given.folder, given.plan, given.depth)
+    elif given.verb == "pictures":
+        write_pictures(given.bundle, given.out, given.target, given.count)
+    else:
+        return 0 if compare(given.first, given.second, given.picture) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

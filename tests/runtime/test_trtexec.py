@@ -1,0 +1,111 @@
+"""`bench --trtexec` against a program that stands for trtexec: what it is asked for, and what becomes of its answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from toprovar.errors import InputError, TargetError
+from toprovar.runtime import trtexec
+from toprovar.runtime.session import Session
+from toprovar.runtime.tensorrt import EngineRun
+
+from .test_tensorrt import mock  # noqa: F401  (a fixture: TensorRT as a mock)
+
+RUN = EngineRun("step", 2, {"x": (4, 2, 8), "keep_slots": (3,), "scalar": ()}, lambda: None, None)
+
+PROGRAM = """#!/usr/bin/env python3
+import json, sys
+given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+if "--help" in sys.argv:
+    print({help!r})
+elif "--exportTimes" in given and {works!r}:
+    scale = int(given["--shapes"].split("x:")[1].split("x")[0])
+    json.dump([{{"computeMs": scale + i / 10}} for i in range(3)], open(given["--exportTimes"], "w"))
+else:
+    print("[11/27/2026-00:00:00] [E] Error[3]: it has no such profile")
+    sys.exit(1)
+"""
+
+
+def program(folder: Path, *, help: str = "--useProfile", works: bool = True) -> Path:
+    path = folder / "trtexec"
+    path.write_text(PROGRAM.format(help=help, works=works))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(("version", "told"), [("8.6.0", True), ("10.16.1.11", True), ("11.1.0.106", False)])
+def test_both_majors_are_asked_for_the_same(version, told):
+    words = trtexec.command(Path("trtexec"), version, Path("step.engine"), Path("p.so"), RUN, Path("t.json"))
+    assert words[:4] == [
+        "trtexec",
+        "--loadEngine=step.engine",
+        "--dynamicPlugins=p.so",
+        "--shapes=x:4x2x8,keep_slots:3",
+    ]
+    assert "--useProfile=2" in words and "--exportTimes=t.json" in words
+    # 11 captures a CUDA graph, copies nothing and spins by itself, and warns of being told so.
+    assert all((word in words) is told for word in ("--useCudaGraph", "--noDataTransfers", "--useSpinWait"))
+
+
+@pytest.fixture
+def session(mock, monkeypatch):  # noqa: F811
+    session = Session(mock.root, "tensorrt")
+    session.generate(["disc"], [0])
+    return session
+
+
+def test_every_scale_is_measured_in_both_programs(session, tmp_path):
+    measured = trtexec.measure(session, program(tmp_path), prompt_classes=("object",))
+    steps = session.bundle.manifest.schedules["object"].steps
+    assert [row["scale"] for row in measured["scales"]] == [step.scale for step in steps]
+    assert [row["trtexec_ms"] for row in measured["scales"]] == [step.tokens + 0.1 for step in steps]
+    assert all(row["loop_ms"] >= 0 and row["trtexec_runs"] == 3 for row in measured["scales"])
+    table = trtexec.markdown(measured)
+    assert len([line for line in table if line.startswith("| object |")]) == len(steps)
+
+
+def test_what_trtexec_cannot_run_has_its_reason(session, tmp_path):
+    rows = trtexec.measure(session, program(tmp_path, help="", works=False))["scales"]
+    assert rows[0]["trtexec_missing"] == "Error[3]: it has no such profile"
+    assert rows[1]["trtexec_missing"] == "this trtexec runs profile 0 of an engine only, the scale has 1"
+    assert "| - | - | this trtexec runs profile 0" in "\n".join(
+        trtexec.markdown({"bundle": "b", "version": "8", "scales": rows})
+    )
+
+
+@pytest.mark.parametrize(
+    ("runs_ms", "why"), [(1.02, "within 3%"), (0.9, "leave no gap"), (1.1, "not explained by the host")]
+)
+def test_a_difference_has_a_reason_or_says_that_it_has_none(runs_ms, why):
+    row = {"prompt_class": "a", "scale": 3, "loop_ms": 1.2, "runs_ms": runs_ms, "trtexec_ms": 1.0}
+    (line,) = [
+        line for line in trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}) if line.startswith("| a")
+    ]
+    assert why in line and f"{runs_ms - 1:+.1%}" in line and f"{1.2 - runs_ms:.3f} ms" in line
+
+
+def test_engines_of_another_target_are_refused(tmp_path):
+    from . import tiny
+
+    session = Session(tiny.write_bundle(tmp_path / "b"), threads=1)
+    with pytest.raises(InputError, match="runs engines of target tensorrt, not of onnxruntime"):
+        trtexec.measure(session, program(tmp_path))
+
+
+def test_trtexec_is_found_or_missed_with_its_variable(tmp_path, monkeypatch):
+    monkeypatch.setattr(trtexec, "_PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    monkeypatch.delenv(trtexec.ENVIRONMENT_VARIABLE, raising=False)
+    with pytest.raises(TargetError, match="set TOPROVAR_TRTEXEC to it"):
+        trtexec.find_trtexec()
+    monkeypatch.setenv(trtexec.ENVIRONMENT_VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(TargetError, match="where no file is"):
+        trtexec.find_trtexec()
+    here = program(tmp_path)
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    monkeypatch.delenv(trtexec.ENVIRONMENT_VARIABLE)
+    assert trtexec.find_trtexec() == here
