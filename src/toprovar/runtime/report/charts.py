@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from toprovar.runtime.report.markup import Markup, el, join
 
@@ -320,29 +320,18 @@ class Bar:
     style: str = "c1"
 
 
-def bars(rows: Sequence[Bar], end: float, kind: Literal["waterfall", "score"] = "waterfall") -> Markup:
-    """Rows of bars on one axis from 0 to `end`, one under the other."""
+def bars(rows: Sequence[Bar], end: float) -> Markup:
+    """Rows of bars on one axis from 0 to `end`, one under the other; a bar near the end has its value before it."""
 
     def row(bar: Bar) -> Markup:
         left, width = 100 * bar.start / end, 100 * bar.length / end
         inner = el("i", style=f"width:{100 * min(1, bar.solid / bar.length) if bar.length else 0:.1f}%")
         block = el("div", inner, class_=f"bar {bar.style}", style=f"left:{left:.2f}%;width:{width:.2f}%")
-        after = el(
-            "span", bar.text, class_="value" + (" before" if left + width > 82 else ""), style=_value_place(left, width)
-        )
-        return el(
-            "div",
-            el("span", bar.label, class_="label"),
-            el("div", block, after, class_="track"),
-            class_="row",
-            data_tip=bar.tip,
-        )
+        place = f"right:{100 - left:.2f}%" if left + width > 82 and left > 18 else f"left:{left + width:.2f}%"
+        track = el("div", block, el("span", bar.text, class_="value", style=place), class_="track")
+        return el("div", el("span", bar.label, class_="label"), track, class_="row", data_tip=bar.tip)
 
-    return el("div", *(row(bar) for bar in rows), class_=f"bars {kind}")
-
-
-def _value_place(left: float, width: float) -> str:
-    return f"right:{100 - left:.2f}%" if left + width > 82 else f"left:{left + width:.2f}%"
+    return el("div", *(row(bar) for bar in rows), class_="bars")
 
 
 def interval_rows(rows: Sequence[tuple[str, Span | None, str, str, str]], left: str, right: str) -> Markup:

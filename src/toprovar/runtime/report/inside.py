@@ -239,7 +239,7 @@ def layer_roles(view: View) -> Section | None:
         ),
         join(
             charts.legend([("swatch c1", "global, all tokens"), ("swatch c2", "detail, kept tokens only")]),
-            charts.bars(rows, max(evidence.role_scores) * 1.02, "score"),
+            charts.bars(rows, max(evidence.role_scores) * 1.18),
         ),
     )
 

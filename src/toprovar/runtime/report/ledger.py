@@ -70,7 +70,7 @@ def costs(view: View) -> Section | None:
         (
             cost.title,
             duration(cost.seconds * 1000) if cost.seconds < 1 else f"{cost.seconds:.1f} s",
-            f"once a {cost.per}",
+            f"once per {cost.per}",
             cost.note,
         )
         for cost in costs

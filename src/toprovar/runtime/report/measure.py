@@ -14,14 +14,12 @@ from toprovar.profiles.calibration import Calibration, load_calibration
 from toprovar.profiles.evidence import ALL, Evidence, Example, Group, Interval, Latency, Policy, ScaleCost
 from toprovar.profiles.flops import ModelShape, plan_flops
 from toprovar.profiles.plan import load_plan
+from toprovar.profiles.statistics import bootstrap
 from toprovar.runtime import bench, compare, pictures
 from toprovar.runtime.session import Result, Session, TextFeatures
 from toprovar.runtime.target import Array
 
 __all__ = ["Part", "make"]
-
-_DRAWS = 2000
-"""Of the bootstrap."""
 
 
 @dataclass(frozen=True)
@@ -177,21 +175,14 @@ def _metrics(images: Sequence[dict[str, Any]]) -> dict[str, Interval]:
     mse = np.array([image["mse"] for image in images])
     agreement = [list(image["agreement"].values()) for image in images]
     metrics = {
-        "ssim": _interval(np.array([image["ssim"] for image in images])),
-        "tokens": _interval(np.array([np.mean(row) for row in agreement])),
+        "ssim": bootstrap(np.array([image["ssim"] for image in images])),
+        "tokens": bootstrap(np.array([np.mean(row) for row in agreement])),
     }
-    error = _interval(mse)
+    error = bootstrap(mse)
     if error.low > 0:  # equal pictures have no PSNR
         low, mean, high = (float(-10 * np.log10(value)) for value in (error.high, error.mean, error.low))
         metrics["psnr_db"] = Interval(mean=mean, low=low, high=high)
     return metrics
-
-
-def _interval(values: Array) -> Interval:
-    """Mean and 95% bootstrap interval of a number per picture."""
-    draws = np.random.default_rng(0).integers(0, len(values), (_DRAWS, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return Interval(mean=float(values.mean()), low=float(low), high=float(high))
 
 
 def _latency(quantiles: dict[str, float], repeat: int) -> Latency:

@@ -37,7 +37,7 @@ def html(stories: Sequence[Story]) -> str:
             "header",
             el("div", el("span", "toprovar report", class_="brand"), _theme_button(), class_="bar"),
             el("h1", TITLE),
-            *(el("p", prose(text), class_="lead") for text in INTRODUCTION),
+            el("div", *(el("p", prose(text), class_="lead") for text in INTRODUCTION), class_="leads"),
         ),
         el("nav", *links, aria_label="Contents"),
         el("main", *(_part(story) for story in stories), _words()),
@@ -102,7 +102,13 @@ def _bullets(lines: Sequence[str]) -> Markup | None:
 
 def _table(table: Table) -> Markup:
     long = {i for i in range(len(table.columns)) if any(len(row[i]) > 34 for row in table.rows)}
-    head = el("tr", *(el("th", column, scope="col") for column in table.columns)) if any(table.columns) else None
+    head = None
+    if any(table.columns):
+        styles = ["long" if i in long else None for i in range(len(table.columns))]
+        head = el(
+            "tr",
+            *(el("th", column, scope="col", class_=style) for column, style in zip(table.columns, styles, strict=True)),
+        )
     rows = [
         el(
             "tr",
@@ -113,7 +119,12 @@ def _table(table: Table) -> Markup:
         )
         for row in table.rows
     ]
-    grid = el("div", el("table", el("thead", head) if head else None, el("tbody", *rows)), class_="table", tabindex=0)
+    grid = el(
+        "div",
+        el("table", el("thead", head) if head else None, el("tbody", *rows)),
+        class_="table" if head else "table pairs",
+        tabindex=0,
+    )
     if table.folded:
         return el("details", el("summary", table.title), grid, class_="fold")
     return join(el("h4", table.title) if table.title else None, grid)

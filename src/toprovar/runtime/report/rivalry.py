@@ -80,7 +80,7 @@ def trade(view: View) -> Section | None:
     )
     return Section(
         "trade",
-        "What a faster picture costs",
+        "Time against quality",
         (
             "Each mark is one {policy}. Further left is faster, further up is closer to the {dense} picture or to what was "
             "asked for; the bars are the {interval|intervals}. The line is the Pareto {front}: a policy below it is beaten "
@@ -125,22 +125,24 @@ def _figure_of(metric: str) -> Callable[[float], str]:
 
 def _front_findings(view: View) -> list[str]:
     """Whether ours lies on the front, by means alone, for each figure of quality."""
-    cost, found = view.costs[0], []
+    if not view.ours:
+        return []
+    cost, ahead, found = view.costs[0], [], []
     clock = "arithmetic" if cost == FLOPS else f"time in {view.cost_name(cost)}"
     for metric in view.metrics:
         behind: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for group in view.groups:
             for policy in view.ours:
-                if others := view.dominators(policy, group, metric, cost):
-                    behind.setdefault((policy.title, tuple(sorted(one.title for one in others))), []).append(group)
-        if not view.ours:
-            continue
+                if better := view.dominators(policy, group, metric, cost):
+                    behind.setdefault((policy.title, tuple(sorted(one.title for one in better))), []).append(group)
         title = METRICS[metric].title
         if not behind:
-            found.append(f"{title} against {clock}: every policy of ours is on the front, for every prompt class.")
-        for (name, ahead), groups in behind.items():
+            ahead.append(title)
+        for (name, others), groups in behind.items():
             where = listed([class_name(group) for group in groups])
-            found.append(f"{title} against {clock}: {name} is behind {listed(ahead)} on {where}.")
+            found.append(f"{title} against {clock}: {name} is behind {listed(others)} on {where}.")
+    if ahead:
+        found.insert(0, f"Every policy of ours is on the front of {clock} for every prompt class in {listed(ahead)}.")
     return found
 
 
@@ -262,7 +264,12 @@ def waterfall(view: View) -> Section | None:
             "of a bar is its {floor}: what the arithmetic alone would take. What is above the floor is lost to memory and "
             "overhead." + (f" In the dense model the last two scales take {late:.0%} of the time." if late else ""),
         ),
-        join(charts.legend([("swatch solid", "floor"), ("swatch light", "measured")]), block),
+        join(
+            charts.legend(
+                [("swatch solid", "floor"), ("swatch light", "measured"), ("swatch c2", "a scale that is pruned")]
+            ),
+            block,
+        ),
     )
 
 
