@@ -90,7 +90,7 @@ def main() -> None:
         codes = scales(features, flip, len(scales.edges) - 1 - left_out).codes
         gap = ((features - codes).square().mean((1, 2, 3)) * (left_out == 0)).mean()
         loss = reconstruction_loss(decode(features + (codes - features).detach()), pictures)
-        (loss + 0.5 * gap).backward()
+        (loss + gap).backward()
         return loss.detach(), gap.detach()
 
     def drawn(count: int) -> tuple[Tensor]:
