@@ -35,6 +35,8 @@ from toprovar.demo.word_encoder import WordEncoder
 Layer = Callable[[nn.Module, Tensor, dict[str, Tensor], Tensor, Attend], Tensor]
 FIRST_SEED = 1 << 31  # other pictures than the VAE saw
 _LOSS_POWER = 0.35  # see train_var.scale_weights
+_LEFT_OUT = (0, 2, 4)  # last scales that a picture of each part of a batch is trained without
+_BATCH_HELP = "pictures a step: whole, without the last 2 scales, without the last 4"
 _MATRICES = {"sa.mat_qkv": 3, "sa.proj": 1, "ca.mat_q": 1, "ca.mat_kv": 2, "ca.proj": 1, "ffn.fc1": 1, "ffn.fc2": 1}
 """What `Muon` trains of a block, and the pieces each holds."""
 
@@ -144,15 +146,14 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="checkpoint of train_bsq_vae.py")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=32, help="whole pictures a step")
-    parser.add_argument("--short", type=int, default=128, help="pictures a step of which the first scales are seen")
+    parser.add_argument("--batch", type=int, nargs=3, default=[20, 48, 160], help=_BATCH_HELP)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="of AdamW")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
     parser.add_argument("--pool", type=int, default=24576)
     parser.add_argument("--lot", type=int, default=768)
-    parser.add_argument("--reuse", type=float, default=4.0)
+    parser.add_argument("--reuse", type=float, default=5.0)
     parser.add_argument("--flip", type=float, default=0.2, help="most bits that are wrong in a picture's inputs")
     parser.add_argument("--rehearse", action="store_true", help="time --steps, save nothing; no --vae needed")
     parser.add_argument("--out", type=Path, required=True)
@@ -190,8 +191,12 @@ def main() -> None:
     chosen = {id(p) for p, _ in matrices}
     others = [p for p in named.values() if id(p) not in chosen]
     tokens_of = whole.spec.tokens
-    few = len(tokens_of) - 3  # scales of a short picture, a fifth of the tokens
-    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in (len(tokens_of), few)]
+    # A picture without its last scales costs a third, or a tenth, and is worth as much where the layout is decided.
+    counts = [len(tokens_of) - left_out for left_out in _LEFT_OUT]
+    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in counts]
+    pictures = torch.zeros(sum(tokens_of), device=device)  # that a token is seen of
+    for size, (_, total) in zip(args.batch, views, strict=True):
+        pictures[:total] += size
     weights = scale_weights(tokens_of, _LOSS_POWER, device)
     muon, optimiser = training.Muon(matrices), training.adamw(others, device, 0.02, (0.9, 0.95))
     average = training.Average(named, 0.998)
@@ -207,18 +212,15 @@ def main() -> None:
         layer, bit_loss = torch.compile(run_layer, dynamic=False), torch.compile(bit_loss, dynamic=False)
 
     def step(ids: Tensor, lengths: Tensor, packed: Tensor, inputs: Tensor, dropped: Tensor) -> Tensor:
-        """Forward and backward of `batch` whole and `short` short pictures: nats a bit of every token `[L]`."""
-        nats = torch.zeros(sum(tokens_of), device=device)
-        pictures = torch.full_like(nats, args.batch)
-        pictures[: views[1][1]] += args.short
+        """Forward and backward of all parts of a batch: nats a bit of every token `[L]`."""
+        nats = torch.zeros_like(pictures)
         with team.autocast(cache=not args.graph):
             text = torch.where(dropped[:, None, None], whole.cfg_uncond, words(ids, lengths))
-            for part, (attend, total) in zip((slice(args.batch), slice(args.batch, None)), views, strict=True):
-                seen = inputs[part, : total - 1].float()
-                x, context = forward(whole, text[part], lengths[part], seen, attend, layer)
-                nats = nats + F.pad(
-                    bit_loss(x, context["head_modulation"], packed[part, :total]), (0, len(nats) - total)
-                )
+            parts = [t.split(args.batch) for t in (text, lengths, packed, inputs)]
+            for said, length, bits, seen, (attend, total) in zip(*parts, views, strict=True):
+                x, context = forward(whole, said, length, seen[:, : total - 1].float(), attend, layer)
+                summed = bit_loss(x, context["head_modulation"], bits[:, :total])
+                nats = nats + F.pad(summed, (0, len(nats) - total))
         nats = nats / pictures
         (nats * weights).mean().backward()
         return nats.detach()
@@ -241,7 +243,7 @@ def main() -> None:
     generator = torch.Generator(device=device).manual_seed(7 + clock.step)
     going, began, marked, history, first = True, time.perf_counter(), None, [], clock.step
     while going:
-        rows = pool.take(args.batch + args.short)
+        rows = pool.take(sum(args.batch))
         rows.append(torch.rand(len(rows[0]), generator=generator, device=device) < 0.1)
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, args.lr)
@@ -263,11 +265,11 @@ def main() -> None:
         going = clock.tick()
         if clock.step % 100 == 0 or not going or (args.rehearse and clock.step % 10 == 0):
             by_scale = [round(float(part.mean()), 3) for part in by_token.split(tokens_of)]
-            rate = (clock.step - first) * args.batch / max(1e-9, time.perf_counter() - marked)
+            rate = (clock.step - first) * sum(args.batch) / max(1e-9, time.perf_counter() - marked)
             history.append((clock.step, round(float(by_token.mean()), 4)))
             team.say(
                 f"infinity step {clock.step} share {clock.share:.3f} nats/bit {float(by_token.mean()):.4f} "
-                f"by scale {by_scale} whole pictures/s {rate:.0f}"
+                f"by scale {by_scale} pictures/s {rate:.0f}"
             )
         if not args.rehearse and (clock.step % 1000 == 0 or not going):
             state = {"model": named, "optimiser": optimiser.state_dict(), "muon": muon.state(), "average": average.mean}
@@ -284,9 +286,8 @@ def main() -> None:
         "width": WIDTH,
         "grids": [list(grid) for grid in whole.spec.grids],
         "steps": clock.step,
-        "batch": [args.batch, args.short],
-        "pictures_seen": clock.step * args.batch,
-        "short_pictures_seen": clock.step * args.short,
+        "batch": args.batch,
+        "pictures_seen": [clock.step * size for size in args.batch],
         "pictures_drawn": seeds.next - FIRST_SEED,
         "nats_per_bit": history[-1][1],
         "nats_per_bit_by_scale": by_scale,
