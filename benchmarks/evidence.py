@@ -36,13 +36,13 @@ from toprovar import backbones
 from toprovar.backbones.base import Backbone, Constants, Prefix, Sampling
 from toprovar.backbones.generate import Trace, generate
 from toprovar.demo import embedded, embedded_text
+from toprovar.demo.accuracy import Accuracy, caption_accuracy, label_accuracy
 from toprovar.demo.captions import caption, prompt_class
-from toprovar.demo.classifier import frechet_distance, load_classifier
-from toprovar.demo.judge import CaptionJudge
+from toprovar.demo.classifier import frechet_distance
 from toprovar.demo.labels import CLASSES, PROMPT_CLASSES
 from toprovar.demo.perceptual import PerceptualNet
 from toprovar.demo.pictures import HELD_OUT
-from toprovar.demo.scenes import fields, random_scenes, scene_of
+from toprovar.demo.scenes import random_scenes, scene_of
 from toprovar.demo.word_encoder import load_word_encoder
 from toprovar.errors import InputError
 from toprovar.exporter.calibrate import calibrate, component_ratio, map_statistics, model_shape
@@ -54,8 +54,9 @@ from toprovar.exporter.quality import code_error, equal_share, mean_squared_erro
 from toprovar.exporter.search import Picture, Search, split_pictures
 from toprovar.profiles import evidence as ev
 from toprovar.profiles.calibration import Calibration, load_calibration
-from toprovar.profiles.files import sha256_files, write_text
+from toprovar.profiles.files import write_text
 from toprovar.profiles.flops import ModelShape
+from toprovar.profiles.manifest import sha256_checkpoint
 from toprovar.profiles.noise import scale_noise
 from toprovar.profiles.profile import SHIPPED, Profile, QualityFloor, load_profile
 from toprovar.profiles.statistics import bootstrap
@@ -99,8 +100,7 @@ class Demo:
     prompts: dict[str, list[int | str]]
     held_out: dict[str, list[int | str]]
     condition: Callable[[Sequence[int | str]], tuple[Tensor, ...]]
-    accuracy: Callable[[Tensor, Sequence[int | str]], Tensor]
-    """Pictures `[B, 3, h, w]` and what was asked for -> `[B]`, the share that the judge sees."""
+    accuracy: Accuracy
     perceptual: PerceptualNet
     bitwise: bool
     split: str
@@ -122,22 +122,18 @@ def class_demo(weights: Path, device: torch.device) -> Demo:
     wish = embedded.SAMPLING
     sampling = Sampling(wish.guidance or 1.0, top_k=wish.top_k or 0, top_p=wish.top_p or 0.0)
     model = backbones.load("var", *files, sampling=sampling, device=device)
-    classifier = load_classifier(weights / "classifier.safetensors").to(device)
     labels = {group: [CLASSES.index(name) for name in names] for group, names in PROMPT_CLASSES.items()}
-
-    def accuracy(images: Tensor, prompts: Sequence[int | str]) -> Tensor:
-        return (classifier.judge(images)["label"].cpu() == torch.tensor([int(p) for p in prompts])).double()
 
     return Demo(
         "var-demo",
         "Class-conditional demo (VAR)",
         model,
         model_shape(model),
-        sha256_files(files),
+        sha256_checkpoint([files[0]], [files[1]]),
         {name: list(members) for name, members in labels.items()},
         {name: list(members) for name, members in labels.items()},
         lambda prompts: (torch.tensor([int(p) for p in prompts], dtype=torch.int32),),
-        accuracy,
+        label_accuracy(weights, device),
         PerceptualNet.load(weights / "perceptual.safetensors").to(device),
         bitwise=False,
         split="The model has twelve classes, so pictures are held out by their seeds: none was used to calibrate or to plan.",
@@ -153,7 +149,6 @@ def text_demo(weights: Path, device: torch.device) -> Demo:
         "infinity", files.checkpoint, files.vae, resolution=embedded_text.RESOLUTION, sampling=sampling, device=device
     )
     encoder = load_word_encoder(files.word_encoder, device=device)
-    caption_judge = CaptionJudge.load(weights / "judge.safetensors", device=device)
     calibration: dict[str, list[int | str]] = {}
     for prompt in embedded.calibration_prompts(per_class=12):
         calibration.setdefault(str(prompt.prompt_class), []).append(prompt.text)
@@ -170,23 +165,17 @@ def text_demo(weights: Path, device: torch.device) -> Demo:
         text = encoder.encode([str(prompt) for prompt in prompts])
         return text.features, text.lengths
 
-    def accuracy(images: Tensor, prompts: Sequence[int | str]) -> Tensor:
-        from toprovar.demo.captions import parse
-
-        asked = torch.from_numpy(fields([parse(str(prompt)) for prompt in prompts]))
-        return (caption_judge.judge(images).fields.cpu() == asked).double().mean(1)
-
     words = [len(str(prompt).split()) for prompts in held_out.values() for prompt in prompts]
     return Demo(
         "infinity-demo",
         "Text-conditional demo (Infinity)",
         model,
         model_shape(model, round(float(np.mean(words)))),
-        sha256_files([files.checkpoint, files.vae, files.word_encoder]),
+        sha256_checkpoint([files.checkpoint], [files.vae]),
         calibration,
         held_out,
         condition,
-        accuracy,
+        caption_accuracy(weights, device),
         PerceptualNet.load(weights / "perceptual.safetensors").to(device),
         bitwise=True,
         split="Prompts are held out by their text: none was used to calibrate or to plan.",

@@ -20,6 +20,8 @@ from toprovar.errors import InputError, ToprovarError
 
 if TYPE_CHECKING:
     from toprovar.exporter.source import Source
+    from toprovar.profiles.calibration import Calibration
+    from toprovar.profiles.plan import Plan
     from toprovar.runtime.session import Session
     from toprovar.runtime.text import TextFeatures
 
@@ -248,11 +250,29 @@ def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration, JSON.", metavar="CALIBRATION")],
     profile: Annotated[str, typer.Option(help="quality, balanced, fast, extreme, or a TOML file.")] = "balanced",
     drop_scales: Annotated[int | None, typer.Option(help="Leave out this many last scales.")] = None,
+    floor: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--floor",
+            help="Search for the fastest plan above it, in place of a profile: ssim=0.9, psnr_db=30, accuracy=0.97; repeat.",
+        ),
+    ] = None,
+    backbone: BackboneOption = "var",
+    checkpoint: CheckpointOption = None,
+    vae: VaeOption = None,
+    labels: LabelsOption = None,
+    text_encoder: TextEncoderOption = None,
+    features: FeaturesOption = None,
+    prompts: PromptFileOption = None,
+    device: DeviceOption = "auto",
     explain: Annotated[bool, typer.Option("--explain", help="Show D, roles, K and FLOPs as tables.")] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan, JSON.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Decide what a profile prunes of a calibrated checkpoint."""
+    """Decide what a profile prunes of a calibrated checkpoint, or, with --floor, what costs least above a floor.
+
+    Only a search needs the checkpoint: it makes pictures and compares them with the dense ones.
+    """
     if output is not None:
         _free(output, force)
     from toprovar.exporter.plan import explain as explained
@@ -263,7 +283,11 @@ def plan(
     from toprovar.profiles.plan import save_plan
 
     measured = load_calibration(calibration)
-    decided = make_plan(named_profile(profile, drop_scales), measured)
+    if floor:
+        source = _source(backbone, checkpoint, vae, labels, text_encoder, features, None, None, None)
+        decided = _search(measured, floor, source, None if checkpoint else backbone, prompts, device)
+    else:
+        decided = make_plan(named_profile(profile, drop_scales), measured)
     if explain:
         _console().print(explained(decided, measured))
     if output is not None:
@@ -532,6 +556,28 @@ def _source(
         resolution=resolution,
         text_tokens=text_tokens,
     )
+
+
+def _search(
+    calibration: Calibration, floor: list[str], source: Source, demo: str | None, prompts: Path | None, device: str
+) -> Plan:
+    """The fastest plan above a floor; what it costs and keeps goes to stderr. `demo`: backbone of an embedded model."""
+    from rich.console import Console
+
+    from toprovar.exporter.guard import parse_floor, plan_above, summary
+
+    wish = parse_floor(floor)
+    judge = None
+    if demo is not None:
+        from toprovar.demo.accuracy import judge_of
+
+        judge = judge_of(demo)
+    with _stages() as stage:
+        decided, found = plan_above(
+            source, calibration, wish, prompts=prompts, device=device, judge=judge, on_stage=stage
+        )
+    Console(stderr=True).print(summary(found))
+    return decided
 
 
 def _session(
