@@ -76,6 +76,44 @@ def test_gelu_becomes_its_formula(approximate, dtype):
     same(proto, {"x": 4 * X.astype(dtype)}, tolerance=2e-6 if dtype == np.float32 else 2e-2)
 
 
+@pytest.mark.parametrize("attributes", [{}, {"exclusive": 1}, {"reverse": 1}, {"exclusive": 1, "reverse": 1}])
+def test_a_cumulative_sum_becomes_a_product(attributes):
+    """The parser of 8.6 makes a loop of CumSum. The value goes in as two halves, so that TF32 loses nothing of it."""
+    node = helper.make_node("CumSum", ["x", "axis"], ["y"], **attributes)
+    proto = model(
+        node, inputs=[value("x", ["a", 6, 5])], outputs=[value("y", ["a", 6, 5])], initializers=[array("axis", -1)]
+    )
+    lowered = same(proto, {"x": X}, tolerance=1e-6)
+    assert "CumSum" not in {node.op_type for node in lowered.graph.node}
+    unknown = model(
+        node, inputs=[value("x", ["a", 6, "c"])], outputs=[value("y", None)], initializers=[array("axis", -1)]
+    )
+    with pytest.raises(LoweringError, match="with a known size"):
+        lower(unknown)
+
+
+def test_instance_normalization_becomes_its_formula():
+    """The parser of 8.6 makes a plugin of it that needs cuDNN."""
+    node = helper.make_node("InstanceNormalization", ["x", "scale", "bias"], ["y"], epsilon=1e-3)
+    initializers = [array("scale", np.arange(1, 7), np.float32), array("bias", np.arange(6), np.float32)]
+    proto = model(node, inputs=[value("x", ["a", 6, "c"])], outputs=[value("y", None)], initializers=initializers)
+    lowered = same(proto, {"x": X}, tolerance=2e-6)
+    assert "InstanceNormalization" not in {node.op_type for node in lowered.graph.node}
+
+
+def test_constants_that_are_put_together_become_one():
+    node = helper.make_node("Concat", ["a", "b"], ["w"], axis=0)
+    proto = model(
+        node,
+        helper.make_node("Add", ["x", "w"], ["y"]),
+        inputs=[value("x", ["n", 2])],
+        outputs=[value("y", None)],
+        initializers=[array("a", [[1, 2]], np.float32), array("b", [[3, 4]], np.float32)],
+    )
+    lowered = same(proto, {"x": X[0, :2, :2]})
+    assert [node.op_type for node in lowered.graph.node] == ["Add"]
+
+
 def test_cast_like_becomes_a_cast_to_the_type_of_its_model():
     nodes = [
         helper.make_node("Cast", ["x"], ["half"], to=TensorProto.FLOAT16, saturate=1),

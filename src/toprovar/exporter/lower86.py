@@ -8,7 +8,9 @@ of operators that this parser knows.
     Reduce*   axes input -> attribute             Split     num_outputs -> equal parts, which are the default
     Shape     start, end -> Shape and Slice       Resize    attributes of 18 and 19 with their defaults -> dropped
     Gelu      -> its formula                      Cast      saturate -> dropped
-    CastLike  -> Cast to the type of its model    functions -> dropped: the plugins take their nodes
+    CastLike  -> Cast to the type of its model    CumSum    -> MatMul; the parser makes a loop of it
+    Concat    of constants -> a constant          InstanceNormalization -> its formula; the parser makes a plugin of
+    functions -> dropped: ours become plugins         it that needs cuDNN
 
 Precondition: opset 17 to 20 of the default domain, no control flow, no bfloat16, every other node is one of our plugins.
 Postcondition: opset 17, no function, only operators of the parser's list, and ONNX's checker agrees.
@@ -184,6 +186,63 @@ def _gelu(state: _Lowering, node: onnx.NodeProto) -> None:
     state.add("Mul", [half, raised], stem, output=stem)
 
 
+def _instance_normalization(state: _Lowering, node: onnx.NodeProto) -> None:
+    """scale (x - mean) / sqrt(variance + epsilon) + bias, over all axes behind the channels."""
+    x, scale, bias = node.input
+    stem, shape = node.output[0], state.shapes.get(x)
+    if shape is None or len(shape.dim) < 3:
+        raise LoweringError(
+            f"lowering to TensorRT 8.6: {_label(node)}: the rank of {x!r} is not known; export the graph again"
+        )
+    axes = list(range(2, len(shape.dim)))
+    dtype = helper.tensor_dtype_to_np_dtype(state.type_of(node, x))
+    channels = state.constant(f"{stem}.channels", [axis - 1 for axis in axes], np.int64)
+    epsilon = state.constant(f"{stem}.epsilon", _attributes(node).get("epsilon", 1e-5), dtype)
+    mean = state.add("ReduceMean", [x], f"{stem}.mean", axes=axes, keepdims=1)
+    centred = state.add("Sub", [x, mean], f"{stem}.centred")
+    square = state.add("Mul", [centred, centred], f"{stem}.square")
+    variance = state.add("ReduceMean", [square], f"{stem}.variance", axes=axes, keepdims=1)
+    raised = state.add("Add", [variance, epsilon], f"{stem}.raised")
+    deviation = state.add("Sqrt", [raised], f"{stem}.deviation")
+    normal = state.add("Div", [centred, deviation], f"{stem}.normal")
+    factors = [state.add("Unsqueeze", [value, channels], f"{stem}.channel") for value in (scale, bias)]
+    scaled = state.add("Mul", [normal, factors[0]], f"{stem}.scaled")
+    state.add("Add", [scaled, factors[1]], stem, output=stem)
+
+
+def _cumsum(state: _Lowering, node: onnx.NodeProto) -> None:
+    """A product with a triangle of ones. TF32 keeps 11 bits of a factor, so the value goes in as two halves of its bits."""
+    attributes, (x, axis_name), stem = _attributes(node), node.input, node.output[0]
+    axis = int(state.constant_of(node, axis_name).reshape(-1)[0])
+    shape = state.shapes.get(x)
+    rank = len(shape.dim) if shape is not None else 0
+    count = shape.dim[-1].dim_value if shape is not None and rank else 0
+    if axis not in (-1, rank - 1) or not count or state.type_of(node, x) != onnx.TensorProto.FLOAT:
+        raise LoweringError(
+            f"lowering to TensorRT 8.6: {_label(node)}: sums along axis {axis} of {rank}, {count or 'an unknown number of'} "
+            "values; it must be fp32 along the last axis with a known size: export the graph again"
+        )
+    ones = np.triu(np.ones((count, count), np.float32), 1 if attributes.get("exclusive") else 0)
+    triangle = state.constant(f"{stem}.triangle", ones.T if attributes.get("reverse") else ones, np.float32)
+    short = state.add("Cast", [x], f"{stem}.short", to=onnx.TensorProto.FLOAT16)
+    high = state.add("Cast", [short], f"{stem}.high", to=onnx.TensorProto.FLOAT)
+    low = state.add("Sub", [x, high], f"{stem}.low")
+    parts = [state.add("MatMul", [part, triangle], f"{stem}.part") for part in (high, low)]
+    state.add("Add", parts, stem, output=stem)
+
+
+def _concat(state: _Lowering, node: onnx.NodeProto) -> None:
+    """Weights that are put together in the graph: a convolution of 8.6 takes them as a constant only."""
+    found = [state.constants.get(name) for name in node.input]
+    known = [tensor for tensor in found if tensor is not None and tensor.data_location != onnx.TensorProto.EXTERNAL]
+    if len(known) < len(found):
+        state.nodes.append(node)
+        return
+    joined = np.concatenate([numpy_helper.to_array(tensor) for tensor in known], axis=_attributes(node)["axis"])
+    state.graph.initializer.append(numpy_helper.from_array(joined, node.output[0]))
+    state.constants[node.output[0]] = state.graph.initializer[-1]
+
+
 def _cast_like(state: _Lowering, node: onnx.NodeProto) -> None:
     value, model = node.input
     state.add("Cast", [value], node.output[0], output=node.output[0], to=state.type_of(node, model))
@@ -242,7 +301,10 @@ _RULES: dict[str, Callable[[_Lowering, onnx.NodeProto], None]] = {
     **{name: _reduce for name in OPERATORS if name.startswith("Reduce")},
     "Cast": _cast,
     "CastLike": _cast_like,
+    "Concat": _concat,
+    "CumSum": _cumsum,
     "Gelu": _gelu,
+    "InstanceNormalization": _instance_normalization,
     "Pad": _pad,
     "Resize": _resize,
     "Shape": _shape,
