@@ -22,6 +22,9 @@ import numpy as np
 
 TEXT_TOKENS = 64
 CLASS = "default"
+CALIBRATION = Path(__file__).parent / "results" / "demo-calibration.json"
+CALIBRATED_CLASS = "object"
+"""Of the embedded demo, whose plan is carried over to the larger model."""
 
 
 def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
@@ -35,6 +38,7 @@ def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
     from toprovar.exporter.graph import GraphExporter
     from toprovar.exporter.package import GoldenPrompt, write_bundle
     from toprovar.exporter.plan import make_dense_plan
+    from toprovar.profiles.calibration import load_calibration
     from toprovar.profiles.manifest import Condition
     from toprovar.profiles.plan import ClassPlan, Plan
     from toprovar.profiles.profile import dense_profile, load_profile
@@ -50,11 +54,11 @@ def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
     if plan_name == "dense":
         plan = make_dense_plan(shape, random, (CLASS,), dense_profile(precision="fp16"))
     else:
-        profile = load_profile(plan_name)
-        assumed = infinity.assumed_plan(profile, backbone)
+        profile, calibration = load_profile(plan_name), load_calibration(CALIBRATION)
+        assumed = infinity.carried_plan(profile, calibration, CALIBRATED_CLASS, backbone)
         run = assumed.scales_run or tuple(range(spec.scales))
         keep = tuple(assumed.keep[scale] for scale in run)
-        first = next(scale for scale, kept in enumerate(keep) if kept < spec.tokens[scale])
+        opening = next(scale for scale, kept in enumerate(keep) if kept < spec.tokens[scale])
         plan = Plan(
             schema="toprovar.plan/1",
             checkpoint_sha256=random,
@@ -62,10 +66,10 @@ def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
             roles=assumed.roles,
             restore=assumed.restore,
             precision="fp16",
-            classes={CLASS: ClassPlan(depth=first, scales_run=run, keep=keep, cache_scale=first - 1)},
+            classes={CLASS: ClassPlan(depth=opening, scales_run=run, keep=keep, cache_scale=assumed.cache_scale)},
             profile=profile,
             profile_sha256=profile.sha256,
-            calibration_sha256=hashlib.sha256(b"assumed").hexdigest(),
+            calibration_sha256=calibration.sha256,
         )
     text = torch.randn(1, TEXT_TOKENS, spec.text_width, device=backbone.device)
     golden = GoldenPrompt((text, torch.full((1,), TEXT_TOKENS, device=backbone.device, dtype=torch.int32)), (0,))
