@@ -83,6 +83,8 @@ class TensorRtBuilder:
         self.gpu: Gpu = describe_gpu()
         self.plugins = load_library(tensorrt)
         self._progress = progress
+        self._builder: Any = None
+        self._messages: Any = None
         self._timing_cache = timing_cache or _default_timing_cache(self.version, self.gpu)
 
     @property
@@ -107,10 +109,7 @@ class TensorRtBuilder:
                 f"target tensorrt: engines for {', '.join(options.compute_capabilities)}; TensorRT builds for the GPU at "
                 f"hand, {self.gpu.compute_capability}: leave compute_capabilities empty"
             )
-        messages = _messages(trt)
-        builder = trt.Builder(messages)
-        if builder is None:
-            raise TargetError(f"target tensorrt: the builder does not start: {_first(messages.errors)}")
+        builder, messages = self._start()
         network = builder.create_network(self._network_flags())
         parser = trt.OnnxParser(network, messages)
         with _readable(graph, self._major) as path:
@@ -130,6 +129,20 @@ class TensorRtBuilder:
             raise TargetError(f"target tensorrt: cannot build {graph.name}: {_first(messages.errors)}")
         self._write_timing_cache(cache)
         return BuiltEngine(bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings))
+
+    def _start(self) -> tuple[Any, Any]:
+        """The builder and its messages, which are of this build alone. Starting one takes seconds, so all graphs share it."""
+        if self._builder is None:
+            self._messages = _messages(self._trt)
+            try:
+                self._builder = self._trt.Builder(self._messages)
+            except TypeError:  # what the binding makes of a null pointer
+                pass
+            if self._builder is None:
+                raise TargetError(f"target tensorrt: the builder does not start: {_first(self._messages.errors)}")
+        self._messages.errors.clear()
+        self._messages.warnings.clear()
+        return self._builder, self._messages
 
     def _network_flags(self) -> int:
         flags = self._trt.NetworkDefinitionCreationFlag
