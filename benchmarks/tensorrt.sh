@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything of TensorRT that needs a GPU, and a table last. Steps do not depend on each other's success.
+#
+#   benchmarks/tensorrt.sh OUT [plugins] [demo] [infinity]      default: all three
+#
+# Written for TensorRT 10.15 to 11 and for 8.6, whose binding needs a Python of its own:
+#   TENSORRT_PYTHON   runs Python with the binding (python3)          TOPROVAR_PLUGIN_LIBRARY   the plugin library
+#   TORCH_PYTHON      runs Python with PyTorch (python3)              TOPROVAR_TRTEXEC          trtexec, where there is one
+#   TOPROVAR_RUN      the C++ runtime (build/src/toprovar/runtime/cpp/toprovar_run), with LD_LIBRARY_PATH if need be
+#   WORK              bundles, engines and cases; kept and used again (OUT/work)
+#   DEPTHS            of Infinity-2B's 32 layers, what is built ("4 32")
+set -u
+out=${1:?a folder for results} && shift
+parts=" ${*:-plugins demo infinity} "
+work=${WORK:-$out/work} run=${TOPROVAR_RUN:-build/src/toprovar/runtime/cpp/toprovar_run}
+trt=${TENSORRT_PYTHON:-python3} torch=${TORCH_PYTHON:-python3}
+mkdir -p "$out" "$work"
+export CUDA_MODULE_LOADING=LAZY TOPROVAR_CACHE=$work/cache
+
+# step NAME COMMAND...: its output goes to OUT/NAME.log, its end is shown, its status is kept.
+step() {
+    local name=$1 code=0
+    shift
+    echo "=== [$SECONDS s] $name"
+    timeout "${LIMIT:-200}" "$@" >"$out/$name.log" 2>&1 || code=$?
+    echo "rc=$code $name" | tee -a "$out/steps.txt"
+    tail -n "${TAIL:-4}" "$out/$name.log" | cut -c1-400
+}
+
+# measured NAME: engines, golden trace and latency of WORK/NAME.bundle
+measured() {
+    LIMIT=${BUILD_LIMIT:-600} step "engines_$1" $trt -m toprovar.exporter.engine_tensorrt "$work/$1.bundle" --timing-cache "$work/timing.cache"
+    step "verify_cpp_$1" $run "$work/$1.bundle" --verify --no-hashes
+    step "verify_py_$1" $trt -m toprovar verify "$work/$1.bundle" --target tensorrt
+    step "bench_cpp_$1" bash -c "$run '$work/$1.bundle' --bench --repeat 20 --no-hashes >'$out/bench_cpp_$1.json'"
+    local program=()
+    [ -n "${TOPROVAR_TRTEXEC:-}" ] && program=(--trtexec)
+    TAIL=40 step "bench_py_$1" $trt -m toprovar bench "$work/$1.bundle" --target tensorrt "${program[@]}" -o "$out/bench_py_$1.json"
+}
+
+$torch - "$out/machine.json" <<'PYTHON'
+import json, platform, subprocess, sys
+asked = "name,driver_version"
+gpu = subprocess.run(["nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader", "-i", "0"], capture_output=True, text=True)
+name, driver = (gpu.stdout.strip() or ",").split(",")[:2]
+found = {"gpu": name.strip(), "driver": driver.strip(), "python": platform.python_version()}
+json.dump(found, open(sys.argv[1], "w"))
+PYTHON
+
+if [[ $parts == *" plugins "* ]]; then
+    [ -f "$work/cases/cases.json" ] || step cases $torch benchmarks/tensorrt_ops.py cases "$work/cases"
+    TAIL=60 LIMIT=400 step ops $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$out/ops.json"
+    sanitizer="compute-sanitizer --tool memcheck --target-processes all"
+    step sanitizer $sanitizer $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$work/few.json" --few
+fi
+
+if [[ $parts == *" demo "* ]]; then
+    for profile in dense fast; do
+        bundle=$work/demo_$profile.bundle
+        [ -d "$bundle" ] || step "export_$profile" $torch -m toprovar export --profile $profile --precision fp16 --per-class 2 --seeds 1 -o "$bundle"
+        measured "demo_$profile"
+        step "pictures_trt_$profile" $trt benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/trt_$profile.npz" --count 4
+        step "pictures_ort_$profile" $torch benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/ort_$profile.npz" --target onnxruntime --count 4
+        label=$($torch -c "import sys, numpy; print(numpy.load(sys.argv[1])['labels'][0])" "$work/trt_$profile.npz")
+        step "picture_cpp_$profile" $run "$bundle" --label "$label" --seed 0 -o "$work/cpp_$profile.png"
+        step "compare_$profile" $torch benchmarks/tensorrt_bundle.py compare "$work/trt_$profile.npz" "$work/ort_$profile.npz" "$work/cpp_$profile.png"
+    done
+fi
+
+if [[ $parts == *" infinity "* ]]; then
+    TAIL=12 step torch $torch benchmarks/infinity.py --quick --models 2b --batches 1 --out "$out/torch"
+    for depth in ${DEPTHS:-4 32}; do
+        for plan in dense fast; do
+            name=infinity_${plan}_$depth
+            [ -d "$work/$name.bundle" ] || LIMIT=300 step "make_$name" $torch benchmarks/tensorrt_bundle.py infinity "$work/$name.bundle" --plan $plan --depth "$depth"
+            measured "$name"
+        done
+    done
+fi
+
+$torch benchmarks/tensorrt_table.py "$out" --out "$out/tensorrt.json"
