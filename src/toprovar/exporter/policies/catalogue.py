@@ -224,6 +224,13 @@ def _taken_apart(model: ModelShape, prunings: Mapping[str, Pruning]) -> list[Ent
     def entry(name: str, title: str, description: str, change: Mapping[str, Policy]) -> Entry:
         return Entry(f"fast-{name}", f"fast, {title}", "ablation", "fast, a stage off", description, change)
 
+    def undropped(one: Pruning) -> Pruning:
+        """All scales run; those that were dropped keep the share of the last one before them."""
+        run = len(one.scales_run or one.keep)
+        share = one.keep[run - 1] / model.tokens[run - 1]
+        keep = one.keep[:run] + tuple(max(1, round(share * tokens)) for tokens in model.tokens[run:])
+        return replaced(one, keep=keep, scales_run=None)
+
     def without_scales(one: Pruning) -> Pruning:
         """Pruned from the second scale on, with the share that the first pruned scale keeps."""
         pruned = [kept / model.tokens[s] for s, kept in enumerate(one.keep) if kept < model.tokens[s]]
@@ -240,8 +247,8 @@ def _taken_apart(model: ModelShape, prunings: Mapping[str, Pruning]) -> list[Ent
         (
             "no-drop",
             "no scale dropped",
-            "Every scale is run; pruning as planned.",
-            {name: Planned(replaced(one, scales_run=None)) for name, one in prunings.items()},
+            "Every scale is run; the dropped ones are pruned as the last one before them.",
+            {name: Planned(undropped(one)) for name, one in prunings.items()},
         ),
         (
             "no-scale-stage",
