@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
@@ -344,6 +344,36 @@ def run(
             pictures.save(path, pictures.to_bytes(image))
     total_ms = sum(timing.total_ms for timing in result.timings)
     typer.echo(f"{', '.join(map(str, written))}: {made} pictures, {total_ms / made:.0f} ms each")
+
+
+@app.command()
+@_verb
+def sample(
+    bundle: BundleArgument,
+    benchmark: Annotated[str, typer.Option("--for", help="geneval, dpg, hpsv2, imagereward.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="The benchmark's own prompts.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for its scoring script.")],
+    seed: SeedOption = 0,
+    target: TargetOption = "onnxruntime",
+    provider: ProviderOption = "auto",
+    threads: ThreadsOption = None,
+    batch_size: BatchOption = 1,
+    checkpoint: CheckpointOption = None,
+    vae: VaeOption = None,
+) -> None:
+    """Make the pictures that a public benchmark scores, in the folders that it reads. Goes on where it stopped."""
+    from toprovar.runtime import benchmarks
+
+    kind = cast("benchmarks.Kind", benchmark)
+    items = benchmarks.read_items(kind, prompts)
+    session = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
+
+    def generate(prompt: str, seeds: Sequence[int]) -> Any:
+        return session.generate(seeds=seeds, text=session.encode([prompt]).repeated(len(seeds))).images
+
+    with _progress(benchmark) as progress:
+        written = benchmarks.write_pictures(kind, items, output, generate, seed=seed, on_item=progress)
+    typer.echo(f"{output}: {len(written)} pictures of {len(items)} prompts")
 
 
 @app.command()
