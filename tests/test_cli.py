@@ -80,7 +80,7 @@ def test_every_verb_has_help(invoke: Invoke, verb: str) -> None:
 
 
 def test_the_verbs_that_are_promised() -> None:
-    wanted = {"export", "calibrate", "plan", "run", "inspect", "compare", "bench", "verify", "report", "demo"}
+    wanted = {"export", "calibrate", "plan", "run", "sample", "inspect", "compare", "bench", "verify", "report", "demo"}
     assert wanted <= set(VERBS)
 
 
