@@ -9,39 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.text_checkpoint import write_t5
 from toprovar.backbones.text import T5Encoder, TextFeatures, load_text_encoder
 from toprovar.errors import CheckpointError, InputError, ToprovarError
 from toprovar.profiles.tokenizer import read_tokenizer
 
-WORDS = "three red striped discs on a blue checkered floor and one green square".split()
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A T5 of width 24 with a word tokenizer, as transformers saves them."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    path = tmp_path_factory.mktemp("t5")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    words.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    )
-    tokenizer.save_pretrained(path)
-    torch.manual_seed(0)
-    config = transformers.T5Config(
-        vocab_size=len(vocabulary),
-        d_model=24,
-        d_kv=8,
-        d_ff=32,
-        num_layers=2,
-        num_heads=3,
-        feed_forward_proj="gated-gelu",
-    )
-    transformers.T5ForConditionalGeneration(config).save_pretrained(path)  # with a decoder, like the released one
-    return path
+    return write_t5(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")

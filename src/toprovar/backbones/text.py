@@ -221,6 +221,7 @@ def load_text_encoder(
                 f"text encoder {source}: no config.json in this folder; give the folder of a T5 checkpoint"
             )
         source = str(folder)
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=looks_local)
         if not hasattr(config, "d_model") or "t5" not in str(getattr(config, "model_type", "")):
