@@ -36,7 +36,15 @@ def embedded_source() -> Source:
     """
     folder = Path(__file__).parent / "weights"
     labels = tuple(Label(name=name, prompt_class=PROMPT_CLASS[name]) for name in CLASSES)
-    source = Source("var-demo", "var", folder / "var.safetensors", folder / "vae.safetensors", labels, SAMPLING)
+    source = Source(
+        "var-demo",
+        "var",
+        folder / "var.safetensors",
+        folder / "vae.safetensors",
+        labels,
+        SAMPLING,
+        profiles=_found_profiles("class"),
+    )
     for path in (source.checkpoint, source.vae):
         if not path.is_file():
             raise CheckpointError(f"{path}: the embedded demo checkpoint is not installed; install toprovar again")
@@ -64,7 +72,13 @@ def embedded_text_source(demo: TextDemo | None = None) -> Source:
         sampling=embedded_text.SAMPLING,
         text=TextSource("demo words", load_encoder, prompts=calibration_prompts(), per_class=GENERATED_PROMPTS),
         load_options={"resolution": embedded_text.RESOLUTION},
+        profiles=_found_profiles("text"),
     )
+
+
+def _found_profiles(demo: str) -> dict[str, Path]:
+    """What `benchmarks/evidence.py search` found for a demo, by the name of the shipped profile with the same floor."""
+    return {path.stem: path for path in (Path(__file__).parent / "profiles" / demo).glob("*.toml")}
 
 
 def calibration_prompts(per_class: int = 64, seed: int = 0) -> tuple[Prompt, ...]:

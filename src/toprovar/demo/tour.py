@@ -56,7 +56,7 @@ def run(
     wishes = [
         named_profile("dense"),
         named_profile("dense", DROPPED_SCALES),
-        *(named_profile(name) for name in SHIPPED),
+        *(named_profile(name, own=checkpoint.source.profiles) for name in SHIPPED),
     ]
     bundles = []
     for wish in wishes:

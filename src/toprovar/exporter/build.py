@@ -408,7 +408,7 @@ def export(
             "export: a plan has decided on scales and precision; give a profile in its place to change them"
         )
     given = None if plan is None else load_plan(plan)
-    wish = named_profile(profile, drop_scales, precision) if given is None else given.profile
+    wish = named_profile(profile, drop_scales, precision, source.profiles) if given is None else given.profile
     prompts: Sequence[Prompt] | EncodedPrompts = ()
     measured = None
     if calibration is not None and calibration.suffix == ".json":

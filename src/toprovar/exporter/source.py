@@ -89,6 +89,8 @@ class Source:
     """What `backbones.load` takes besides the files: a schedule is not in a checkpoint."""
     size: tuple[int, int] | None = None
     """Layers and width that the checkpoint must have, where a size was named."""
+    profiles: Mapping[str, Path] = field(default_factory=dict)
+    """Name of a shipped profile -> the one that a search found for this checkpoint above the same floor."""
 
 
 def user_source(
@@ -184,13 +186,16 @@ def read_labels(path: Path) -> tuple[Label, ...]:
     return tuple(labels)
 
 
-def named_profile(name: str, drop_scales: int | None = None, precision: str = "auto") -> Profile:
+def named_profile(
+    name: str, drop_scales: int | None = None, precision: str = "auto", own: Mapping[str, Path] | None = None
+) -> Profile:
     """A profile by name or path, with the command line's changes.
 
     Args:
         name: a shipped profile, ``dense``, or the path of a TOML file.
         drop_scales: in place of the profile's own, for every prompt class; its name then says so.
         precision: in place of the profile's own, unless ``auto``.
+        own: `Source.profiles`, in place of shipped ones of the same name.
 
     Raises:
         FormatError: no such profile, or one that does not follow the format.
@@ -202,7 +207,7 @@ def named_profile(name: str, drop_scales: int | None = None, precision: str = "a
         raise InputError(f"drop-scales is {drop_scales}; give a number of scales, 0 or more")
     if name == "dense":
         return dense_profile(drop_scales or 0, cast(Literal["auto", "fp32", "fp16"], precision))
-    profile = load_profile(name)
+    profile = load_profile((own or {}).get(name, name))
     value = json.loads(profile.model_dump_json(by_alias=True))
     if precision != "auto":
         value["precision"] = precision
