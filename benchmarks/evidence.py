@@ -64,13 +64,7 @@ from toprovar.runtime.machine import describe_machine
 
 WEIGHTS = Path(embedded.__file__).parent / "weights"
 
-FLOORS = {
-    "quality": QualityFloor(ssim=0.98),
-    "balanced": QualityFloor(ssim=0.95),
-    "fast": QualityFloor(ssim=0.88, accuracy=0.97),
-    "extreme": QualityFloor(ssim=0.75),
-}
-"""Of the shipped profiles."""
+FLOORS = {name: load_profile(name).quality_floor for name in SHIPPED}
 
 BETWEEN = {
     f"ssim-{round(100 * floor)}": QualityFloor(ssim=floor) for floor in (0.97, 0.92, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
