@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from benchmarks.method import BLOCK, Scores, recurrences
+
 from toprovar.kernels import entropy_attention
 
 
