@@ -431,6 +431,12 @@ def compare(
     batch_size: BatchOption = 1,
     checkpoint: CheckpointOption = None,
     vae: VaeOption = None,
+    judge: Annotated[
+        bool,
+        typer.Option(
+            "--judge", help="Of the demos: perceptual and Frechet distance, accuracy, by networks of the demo."
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON; Markdown goes beside it.")] = None,
 ) -> None:
     """Compare two bundles, or two targets, on the same prompts and noise: equal tokens, PSNR, SSIM."""
@@ -442,9 +448,14 @@ def compare(
     first = _session(other or bundle, other_target, provider, threads, batch_size, checkpoint, vae)
     second = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
     asked = _asked(first, seed, count, label, prompt, prompts, features, prompt_class)
+    judges = None
+    if judge:
+        from toprovar.demo.judges import DemoJudges
+
+        judges = DemoJudges(first.takes_text)
     with _progress("pictures") as progress:
         document = comparison.compare(
-            first, second, asked.labels, asked.seeds, progress, text=asked.text, captions=asked.captions
+            first, second, asked.labels, asked.seeds, progress, text=asked.text, captions=asked.captions, judges=judges
         )
     _publish(document, comparison.markdown(document), output)
 

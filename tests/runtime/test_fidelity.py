@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from toprovar.errors import BundleError, InputError
 from toprovar.profiles.files import pretty_json
 from toprovar.runtime import bench, compare
-from toprovar.runtime.session import Session
+from toprovar.runtime.session import Result, Session
 from toprovar.runtime.verify import verify
 
 from . import tiny
@@ -110,6 +111,39 @@ def test_a_bundle_equals_itself(session: Session) -> None:
     assert document["all"]["psnr_db"] is None and document["all"]["ssim"] == 1.0
     assert set(document["all"]["agreement"].values()) == {1.0}
     assert "| all | 2 | equal | 1.0000 |" in compare.markdown(document)
+
+
+class _Judges:
+    """Judges that say what they are shown."""
+
+    def distance(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return np.abs(first - second).mean((1, 2, 3))
+
+    def accuracy(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+        return np.array([1.0 if caption == "disc" else 0.5 for caption in captions])
+
+    def frechet(self, first: np.ndarray, second: np.ndarray) -> float:
+        return float(abs(first.mean() - second.mean()))
+
+
+def test_judges_add_their_figures(session: Session, dense_bundle: Path) -> None:
+    document = compare.compare(Session(dense_bundle, threads=1), session, ["disc", "glow"], [1, 2], judges=_Judges())
+    assert json.loads(pretty_json(document)) == document
+    assert document["all"]["accuracy"] == 0.75 and document["classes"]["object"]["reference_accuracy"] == 1.0
+    assert document["all"]["perceptual"] > 0 and document["all"]["frechet"] > 0
+    assert "perceptual distance" in compare.markdown(document)
+
+
+def test_tokens_of_a_bitwise_model_are_equal_where_all_bits_are() -> None:
+    bits = np.zeros((4, 2), np.int32)
+    other = bits.copy()
+    other[0, 1] = 1
+    result = [
+        Result(np.zeros((1, 3, 16, 16), np.float32), ({0: tokens},), np.zeros((1, 1)), ("plain",), ())
+        for tokens in (bits, other)
+    ]
+    found = compare.compare_results(*result, ["a"], [0])["all"]
+    assert found["agreement"] == {"0": 0.75} and found["bit_agreement"] == {"0": 0.875}
 
 
 def test_psnr_of_a_known_error() -> None:
