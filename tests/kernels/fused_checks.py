@@ -100,6 +100,10 @@ def kernels(device: str) -> None:
     doubled = F.interpolate(small, scale_factor=2.0, mode="nearest")
     near(fused.interleave(phases, before), F.conv2d(doubled, taps, before, padding=1), 1e-4)
 
+    words, weight, bias, position = normal(9, 2, 10), normal(72, 10), normal(72), normal(1, 1, 72)
+    wanted = words @ weight.T + bias + position
+    near(fused.embed_words(words, weight, bias, position, 2), torch.cat([wanted, wanted], 1), 1e-5)
+
     seeds = [5, (7 << 32) + 3]
     logits, noise = normal(50, 4, 14), torch.from_numpy(scale_noise(seeds, 4, 50, 14)).to(device)
     for guidance in (torch.tensor([3.0, -2.0], device=device), torch.tensor([1.5], device=device)):

@@ -19,7 +19,7 @@ from toprovar.backbones.generate import Pruning
 from toprovar.backbones.infinity import Infinity
 from toprovar.backbones.infinity_cuda import FusedStep, KeyValueCache, ScaleRun, TextKeys, scale_runs
 from toprovar.errors import InputError
-from toprovar.kernels.fused import draw_bits
+from toprovar.kernels.fused import draw_bits, embed_words
 
 __all__ = ["InfinityGraphs"]
 
@@ -114,7 +114,11 @@ class InfinityGraphs:
         self.bits[index] = bits
         shown = torch.where(self._followed, self._given[index], bits)
         self.codes = backbone.accumulate(shown, self.codes, constants)
-        self._x = backbone.next_input(self.codes, constants) if "next_position" in constants else None
+        self._x = None
+        if "next_position" in constants:
+            words, embed = backbone.next_words(self.codes, constants), backbone.word_embed
+            position = constants["next_position"]
+            self._x = embed_words(words, embed.weight, embed.bias, position, backbone.branches)
 
     def _decode(self) -> None:
         self.image = self._decoder(self.codes)

@@ -8,6 +8,7 @@ each of these kernels reads its inputs once and writes its outputs once:
 ``group_norm_silu``   GroupNorm and SiLU of channels-last activations, with the bias of the convolution before it
 ``add_bias``          sum of two channels-last activations and the bias of the convolution that made the first
 ``interleave``        the four phases of a convolution behind a doubling of the picture, put in their places
+``embed_words``       the next scale's input from its words, for all rows of the batch
 ``draw_bits``         guidance, noise and the draw of a scale's bits: `toprovar.profiles.noise`, number for number
 
 They compute in fp32 whatever the tensors are. The PyTorch modules in `toprovar.backbones` are their reference.
@@ -23,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .linear import THIN_ROWS, launch_options, overlaps
 
-__all__ = ["add_bias", "draw_bits", "group_norm_silu", "interleave", "qk_norm_rope", "residual_norm"]
+__all__ = ["add_bias", "draw_bits", "embed_words", "group_norm_silu", "interleave", "qk_norm_rope", "residual_norm"]
 
 
 @triton.jit
@@ -278,36 +279,39 @@ def _group_statistics(
     STEPS: tl.constexpr,
     HAS_PRE_BIAS: tl.constexpr,
 ):
-    """Mean and sum of squared deviations of every group over one chunk of rows (Chan's merge between tiles)."""
+    """Mean and sum of squared deviations of every group over one chunk of rows.
+
+    Each channel's deviations are from its first value, so that their squares do not cancel; nothing is reduced in the loop.
+    """
     b = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     width: tl.constexpr = C // GROUPS
     c = tl.arange(0, C)
-    count = 0.0
-    mean = tl.zeros([GROUPS], tl.float32)
-    m2 = tl.zeros([GROUPS], tl.float32)
+    first = part * STEPS * ROWS
+    pivot = tl.load(X + (b * HW + first) * C + c).to(tl.float32)
+    total = tl.zeros([ROWS, C], tl.float32)
+    squares = tl.zeros([ROWS, C], tl.float32)
     for step in range(STEPS):
-        start = (part * STEPS + step) * ROWS
-        r = start + tl.arange(0, ROWS)
-        ok = r < HW
-        x = tl.load(X + (b * HW + r[:, None]) * C + c[None, :], mask=ok[:, None], other=0.0).to(tl.float32)
-        if HAS_PRE_BIAS:
-            x = tl.where(ok[:, None], x + tl.load(PRE_BIAS + c).to(tl.float32)[None, :], 0.0)
-        n = tl.maximum(tl.minimum(HW - start, ROWS), 0).to(tl.float32) * width
-        tile_mean = tl.sum(tl.reshape(tl.sum(x, 0), [GROUPS, width]), 1) / tl.maximum(n, 1.0)
-        spread = tl.reshape(tl.broadcast_to(tile_mean[:, None], [GROUPS, width]), [C])
-        d = tl.where(ok[:, None], x - spread[None, :], 0.0)
-        tile_m2 = tl.sum(tl.reshape(tl.sum(d * d, 0), [GROUPS, width]), 1)
-        delta = tile_mean - mean
-        total = tl.maximum(count + n, 1.0)
-        mean += delta * (n / total)
-        m2 += tile_m2 + delta * delta * (count * n / total)
-        count += n
+        r = first + step * ROWS + tl.arange(0, ROWS)
+        ok = (r < HW)[:, None]
+        x = tl.load(X + (b * HW + r[:, None]) * C + c[None, :], mask=ok, other=0.0).to(tl.float32)
+        d = tl.where(ok, x - pivot[None, :], 0.0)
+        total += d
+        squares += d * d
+    count = tl.minimum(HW - first, STEPS * ROWS).to(tl.float32)
+    shift = tl.sum(total, 0) / count
+    of_channel = pivot + shift
+    if HAS_PRE_BIAS:
+        of_channel += tl.load(PRE_BIAS + c).to(tl.float32)
+    mean = tl.sum(tl.reshape(of_channel, [GROUPS, width]), 1) / width
+    spread = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, width]), [C])
+    d = of_channel - spread
+    m2 = tl.sum(squares, 0) - count * shift * shift + count * d * d
     g = tl.arange(0, GROUPS)
     out = PARTIAL + ((b * tl.num_programs(1) + part) * 3) * GROUPS
     tl.store(out + g, mean)
-    tl.store(out + GROUPS + g, m2)
-    tl.store(out + 2 * GROUPS + g, tl.zeros([GROUPS], tl.float32) + count)
+    tl.store(out + GROUPS + g, tl.sum(tl.reshape(m2, [GROUPS, width]), 1))
+    tl.store(out + 2 * GROUPS + g, tl.zeros([GROUPS], tl.float32) + count * width)
 
 
 @triton.jit
@@ -389,8 +393,8 @@ def group_norm_silu(
     y = torch.empty_like(x, memory_format=torch.channels_last)
     pixels = height * width
     rows = max(1, 4096 // channels)
-    # About two programs a multiprocessor of a large GPU, each reading a whole number of tiles.
-    steps = max(1, triton.cdiv(triton.cdiv(pixels, rows), 264))
+    # About eight programs a multiprocessor of a large GPU, each reading a whole number of tiles.
+    steps = max(1, triton.cdiv(triton.cdiv(pixels, rows), 1024))
     parts = triton.cdiv(pixels, steps * rows)
     partial = torch.empty((batch, parts, 3, groups), dtype=torch.float32, device=x.device)
     affine = torch.empty((batch, 2, channels), dtype=torch.float32, device=x.device)
@@ -471,6 +475,48 @@ def interleave(phases: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     total, rows = batch * 4 * height * width, max(1, 4096 // channels)
     _interleave[(triton.cdiv(total, rows),)](phases, bias, y, total, height, width, C=channels, ROWS=rows)
     return y
+
+
+@triton.jit
+def _embed_words(
+    WORDS, WEIGHT, BIAS, POSITION, X, total, B, C,
+    BITS: tl.constexpr, WIDE: tl.constexpr, BRANCHES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, WIDE)
+    inside = (row < total)[:, None] & (c < C)[None, :]
+    words = tl.load(
+        WORDS + row[:, None] * BITS + j[None, :], mask=(row < total)[:, None] & (j < BITS)[None, :], other=0.0
+    )
+    weight = tl.load(WEIGHT + c[None, :] * BITS + j[:, None], mask=(c < C)[None, :] & (j < BITS)[:, None], other=0.0)
+    x = tl.dot(words, weight, input_precision="ieee")
+    x += (tl.load(BIAS + c, mask=c < C, other=0.0) + tl.load(POSITION + c, mask=c < C, other=0.0))[None, :]
+    first = (row // B * (BRANCHES * B) + row % B).to(tl.int64)
+    for branch in tl.static_range(BRANCHES):
+        tl.store(X + (first + branch * B)[:, None] * C + c[None, :], x, mask=inside)
+
+
+def embed_words(
+    words: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, position: torch.Tensor, branches: int
+) -> torch.Tensor:
+    """``words W^T + bias + position`` for every image, once for each of its rows.
+
+    Args:
+        words: ``[N, B, bits]`` fp32. weight: ``[C, bits]`` fp32. bias: ``[C]`` fp32. position: fp32, C values.
+        branches: rows of an image.
+
+    Returns: ``[N, branches B, C]`` fp32.
+    """
+    words = words.contiguous()
+    (tokens, images, bits), width = words.shape, weight.shape[0]
+    x = torch.empty((tokens, branches * images, width), dtype=torch.float32, device=words.device)
+    total, rows, block = tokens * images, 32, 64
+    _embed_words[(triton.cdiv(total, rows), triton.cdiv(width, block))](
+        words, weight, bias, position, x, total, images, width,
+        BITS=bits, WIDE=max(16, triton.next_power_of_2(bits)), BRANCHES=branches, ROWS=rows, BLOCK=block,
+    )  # fmt: skip
+    return x
 
 
 @triton.jit
