@@ -4,6 +4,7 @@
     python -m benchmarks.evidence quality --demo class --out DIR --pictures 216 [--part 0/4]
     python -m benchmarks.evidence method  --demo class --out DIR
     python -m benchmarks.evidence latency --demo class --out DIR --threads 2
+    python -m benchmarks.evidence bundles --demo class --out DIR --threads 2
     python -m benchmarks.evidence build   --demo class --out DIR -o class.evidence.json
 
 Each step goes on where it stopped: finished pictures are lines of JSON in DIR, and `--part i/n` shares the pictures of a
@@ -13,12 +14,14 @@ rounding.
 - search: calibration, and a profile for each floor of `FLOORS` and `BETWEEN`, in DIR/profiles.
 - quality: tokens, SSIM, PSNR, perceptual distance, features, accuracy, FLOPs as run, of every policy on held-out prompts.
 - method: what the method rests on: tau, error growth, normalisations, costs, pictures looked at closely.
-- latency: transformer and total per picture, batch 1, policies in turn.
+- latency: transformer and total per picture in PyTorch, batch 1, policies in turn.
+- bundles: the same by ONNX Runtime, of the policies that exist as bundles: dense, dropped scales, ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 import json
 import time
@@ -45,6 +48,7 @@ from toprovar.demo.pictures import HELD_OUT
 from toprovar.demo.scenes import random_scenes, scene_of
 from toprovar.demo.word_encoder import load_word_encoder
 from toprovar.errors import InputError
+from toprovar.exporter import build as exporting
 from toprovar.exporter.calibrate import calibrate, component_ratio, map_statistics, model_shape
 from toprovar.exporter.plan import make_plan, role_scores
 from toprovar.exporter.policies.catalogue import Entry, catalogue
@@ -52,6 +56,7 @@ from toprovar.exporter.policies.engine import Outcome, Policy, State, run_policy
 from toprovar.exporter.policies.ours import Choice, Planned, head_temperatures, token_scores
 from toprovar.exporter.quality import code_error, equal_share, mean_squared_error, ssim
 from toprovar.exporter.search import Picture, Search, split_pictures
+from toprovar.exporter.source import Source, named_profile
 from toprovar.profiles import evidence as ev
 from toprovar.profiles.calibration import Calibration, load_calibration
 from toprovar.profiles.files import write_text
@@ -60,7 +65,9 @@ from toprovar.profiles.manifest import sha256_checkpoint
 from toprovar.profiles.noise import scale_noise
 from toprovar.profiles.profile import SHIPPED, Profile, QualityFloor, load_profile
 from toprovar.profiles.statistics import bootstrap
+from toprovar.runtime import bench
 from toprovar.runtime.machine import describe_machine
+from toprovar.runtime.session import Session
 
 WEIGHTS = Path(embedded.__file__).parent / "weights"
 
@@ -98,6 +105,7 @@ class Demo:
     perceptual: PerceptualNet
     bitwise: bool
     split: str
+    source: Callable[[], Source]
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -131,6 +139,7 @@ def class_demo(weights: Path, device: torch.device) -> Demo:
         PerceptualNet.load(weights / "perceptual.safetensors").to(device),
         bitwise=False,
         split="The model has twelve classes, so pictures are held out by their seeds: none was used to calibrate or to plan.",
+        source=lambda: dataclasses.replace(embedded.embedded_source(), checkpoint=files[0], vae=files[1]),
     )
 
 
@@ -173,6 +182,7 @@ def text_demo(weights: Path, device: torch.device) -> Demo:
         PerceptualNet.load(weights / "perceptual.safetensors").to(device),
         bitwise=True,
         split="Prompts are held out by their text: none was used to calibrate or to plan.",
+        source=lambda: embedded.embedded_text_source(files),
     )
 
 
@@ -447,6 +457,24 @@ def latency(demo: Demo, args: argparse.Namespace) -> None:
     write_text(args.out / "machine.latency.json", json.dumps({**machine(args), "threads": args.threads}))
 
 
+def bundles(demo: Demo, args: argparse.Namespace) -> None:
+    """Bundles of the dense model, of dropped scales and of our profiles, timed in turn by ONNX Runtime."""
+    calibration = measured(demo, args)
+    checkpoint = exporting.load(demo.source())
+    wishes = [named_profile("dense"), *(named_profile("dense", n) for n in (1, 2, 3)), *our_profiles(args.out)]
+    sessions = []
+    for wish in wishes:
+        name = f"ours-{wish.name}" if wish.classes or wish.tokens.keep != {} else wish.name
+        path = args.out / "bundles" / f"{name}.bundle"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            exporting.assemble(checkpoint, exporting.decide(checkpoint, wish, calibration), calibration, path)
+        sessions.append(Session(path, threads=args.threads))
+    document = bench.bench(sessions, repeat=args.repeat, warmup=1)
+    write_text(args.out / "bundles.json", json.dumps({**document, "threads": args.threads}))
+    print(bench.markdown(document)[-3000:])
+
+
 def run_one(demo: Demo, policy: Policy, picture: Picture) -> tuple[dict[int, float], float]:
     """Seconds of each scale, and of all from the condition to the picture. Noise is made beforehand."""
     noise = Noise(demo.backbone, [picture.seed])
@@ -717,6 +745,12 @@ def build(demo: Demo, args: argparse.Namespace) -> None:
     plan = make_plan(fast, calibration)
     scores = role_scores(calibration, load_profile("balanced").roles)
     policies = tuple(policy_of(entry, demo, table, times) for entry in entries if entry.name in table.policies)
+    bundles_file = args.out / "bundles.json"
+    if bundles_file.exists():
+        benched = json.loads(bundles_file.read_text())
+        repeat = benched["settings"]["repeat"]
+        timed = {one["name"]: {**one, "repeat": repeat} for one in benched["bundles"]}
+        policies = tuple(with_bundle(one, timed[one.name]) if one.name in timed else one for one in policies)
     method_file, examples_file = args.out / "method.json", args.out / "examples.json"
     found = json.loads(method_file.read_text()) if method_file.exists() else {}
     arrays: ev.Arrays = {}
@@ -822,6 +856,23 @@ def policy_of(entry: Entry, demo: Demo, table: Table, times: Sequence[dict[str, 
         settings=dict(entry.settings),
         groups=groups,
     )
+
+
+def with_bundle(policy: ev.Policy, timed: dict[str, Any]) -> ev.Policy:
+    """The policy with the times of its bundle; those of all classes are means, as each class is asked for alike."""
+
+    def latency(values: Sequence[dict[str, float]]) -> ev.Latency:
+        median, p20, p80 = (float(np.mean([one[key] for one in values])) for key in ("median", "q20", "q80"))
+        return ev.Latency(median_ms=median, p20_ms=p20, p80_ms=p80, repeats=timed["repeat"])
+
+    groups = {}
+    for group, figures in policy.groups.items():
+        own = [one for name, one in timed["classes"].items() if group in (ev.ALL, name)]
+        times = {key: latency([one[f"{key}_ms"] for one in own]) for key in ("transformer", "total")}
+        groups[group] = figures.model_copy(
+            update={key: {**getattr(figures, key), "onnxruntime": times[key]} for key in times}
+        )
+    return policy.model_copy(update={"groups": groups})
 
 
 def latency_of(values_ms: Sequence[float]) -> ev.Latency:
@@ -969,7 +1020,14 @@ def part_of(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = {"search": search, "quality": quality, "method": method, "latency": latency, "build": build}
+    steps = {
+        "search": search,
+        "quality": quality,
+        "method": method,
+        "latency": latency,
+        "bundles": bundles,
+        "build": build,
+    }
     parser.add_argument("step", choices=steps)
     parser.add_argument("--demo", choices=("class", "text"), required=True)
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of both demos' files and judges")

@@ -49,6 +49,7 @@ def small_demo(kind):
         PerceptualNet((8, 8, 8, 8)).eval(),
         bitwise=kind == "text",
         split="Nothing is held out.",
+        source=lambda: None,
     )
 
 
