@@ -74,7 +74,8 @@ WEIGHTS = Path(embedded.__file__).parent / "weights"
 FLOORS = {name: load_profile(name).quality_floor for name in SHIPPED}
 
 BETWEEN = {
-    f"ssim-{round(100 * floor)}": QualityFloor(ssim=floor) for floor in (0.97, 0.92, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35)
+    f"floor-{round(100 * ssim)}": QualityFloor(ssim=ssim, accuracy=accuracy)
+    for ssim, accuracy in ((0.92, 0.97), (0.82, 0.95), (0.65, 0.8), (0.5, 0.6))
 }
 """More points of our line, so that every rival has one of ours of its own latency beside it."""
 
