@@ -8,14 +8,11 @@
 set -euo pipefail
 out=$1 vae_minutes=${2:-3.2} infinity_minutes=${3:-4.3}
 cd "$(dirname "$0")"
-mkdir -p "$out/judge"
+mkdir -p "$out"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8
 
 beside() { # what leaves most of the GPU to the VAE
-    [ -f "$out/judge.safetensors" ] || {
-        python3 train_classifier.py --scenes --minutes 0.4 --out "$out/judge" >"$out/judge.log" 2>&1
-        cp "$out/judge/classifier.safetensors" "$out/judge.safetensors"
-    }
+    [ -f "$out/judge.json" ] || python3 train_judge.py --minutes 1.6 --out "$out" >"$out/judge.log" 2>&1
     for mode in "" --no-graph --no-compile "--no-compile --no-graph"; do # the first that works here
         echo "$mode" >"$out/mode"
         # shellcheck disable=SC2086
