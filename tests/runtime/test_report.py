@@ -193,9 +193,12 @@ def test_a_policy_behind_the_front_is_named(view: View) -> None:
     )
     policies = tuple(worse if one is slow else one for one in view.evidence.policies)
     changed = View(view.evidence.model_copy(update={"policies": policies}), view.arrays)
-    lines = next(section for section in sections(changed) if section.key == "trade").findings
-    assert any(line.startswith("SSIM") and "toprovar balanced is behind" in line for line in lines)
-    assert not any(line.startswith("SSIM") and "toprovar balanced is behind" in line for line in trade.findings)
+    behind = next(section for section in sections(changed) if section.key == "trade")
+    assert "in 48 of 48 cases" in trade.findings[0] and not trade.tables
+    assert "in 44 of 48 cases" in behind.findings[0]
+    assert {row[:2] for row in behind.tables[0].rows} == {("toprovar balanced", "SSIM")} and len(
+        behind.tables[0].rows
+    ) == 4
 
 
 def test_parts_that_were_not_measured_are_left_out(view: View) -> None:

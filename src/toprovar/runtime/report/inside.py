@@ -201,7 +201,8 @@ def rho_curves(view: View) -> Section | None:
         (
             "{rho} is the share of tokens that are more focused than average. Where it has fallen to {tau}, a small part of "
             "the picture stands out and the rest can wait: that scale is {D}, and everything before it runs in full. A "
-            "{prompt class} whose curve never gets there is not pruned.",
+            "{prompt class} whose curve never gets there is not pruned, and neither are the coarsest scales, wherever the "
+            "curve is.",
         ),
         el("div", *panels, class_="panels"),
         (),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from toprovar.profiles.evidence import ALL, METRICS, Policy
@@ -78,6 +79,7 @@ def trade(view: View) -> Section | None:
         el("script", Markup(data), type="application/json", class_="layouts"),
         class_="trade",
     )
+    behind = _behind(view)
     return Section(
         "trade",
         "Time against quality",
@@ -87,7 +89,8 @@ def trade(view: View) -> Section | None:
             "by another one in both.",
         ),
         figure_,
-        tuple(_front_findings(view)),
+        tuple(_front_findings(view, behind)),
+        _front_table(behind),
     )
 
 
@@ -123,27 +126,62 @@ def _figure_of(metric: str) -> Callable[[float], str]:
     return text
 
 
-def _front_findings(view: View) -> list[str]:
-    """Whether ours lies on the front, by means alone, for each figure of quality."""
-    if not view.ours:
+@dataclass(frozen=True)
+class _Behind:
+    """A policy of ours that others beat in both time and quality, by means alone."""
+
+    policy: Policy
+    metric: str
+    group: str
+    others: tuple[str, ...]
+
+
+def _behind(view: View) -> list[_Behind]:
+    """Wherever ours is off the front, by the clock that is shown first."""
+    return [
+        _Behind(policy, metric, group, tuple(one.title for one in others))
+        for policy in view.ours
+        for metric in view.metrics
+        for group in view.groups
+        if (others := view.dominators(policy, group, metric, view.costs[0]))
+    ]
+
+
+def _front_findings(view: View, behind: Sequence[_Behind]) -> list[str]:
+    cases = sum(
+        view.cost(policy, group, view.costs[0]) is not None and view.metric(policy, group, metric) is not None
+        for policy in view.ours
+        for metric in view.metrics
+        for group in view.groups
+    )
+    if not cases:
         return []
-    cost, ahead, found = view.costs[0], [], []
-    clock = "arithmetic" if cost == FLOPS else f"time in {view.cost_name(cost)}"
+    clock = "arithmetic" if view.costs[0] == FLOPS else f"time in {view.cost_name(view.costs[0])}"
+    counted = "each policy, prompt class and figure of quality by its mean"
+    found = [
+        f"No policy of others is at once faster and better than ours in {cases - len(behind)} of {cases} cases "
+        f"({clock}; {counted})."
+    ]
     for metric in view.metrics:
-        behind: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-        for group in view.groups:
-            for policy in view.ours:
-                if better := view.dominators(policy, group, metric, cost):
-                    behind.setdefault((policy.title, tuple(sorted(one.title for one in better))), []).append(group)
-        title = METRICS[metric].title
-        if not behind:
-            ahead.append(title)
-        for (name, others), groups in behind.items():
-            where = listed([class_name(group) for group in groups])
-            found.append(f"{title} against {clock}: {name} is behind {listed(others)} on {where}.")
-    if ahead:
-        found.insert(0, f"Every policy of ours is on the front of {clock} for every prompt class in {listed(ahead)}.")
+        own = [one for one in behind if one.policy is view.headline and one.metric == metric]
+        if own:
+            others = listed(list(dict.fromkeys(title for one in own for title in one.others)))
+            where = _where(view, [one.group for one in own])
+            found.append(f"{own[0].policy.title} is behind {others} in {METRICS[metric].title} on {where}.")
     return found
+
+
+def _where(view: View, groups: Sequence[str]) -> str:
+    return "every prompt class" if set(groups) == set(view.groups) else listed([class_name(group) for group in groups])
+
+
+def _front_table(behind: Sequence[_Behind]) -> tuple[Table, ...]:
+    rows = tuple(
+        (one.policy.title, METRICS[one.metric].title, "all" if one.group == ALL else one.group, ", ".join(one.others))
+        for one in behind
+    )
+    columns = ("policy of ours", "quality", "prompts", "faster and better")
+    return (Table(columns, rows, "Every case where ours is behind", folded=True),) if rows else ()
 
 
 def _key(view: View) -> Markup:
