@@ -371,6 +371,7 @@ def quality(demo: Demo, args: argparse.Namespace) -> None:
     entries = catalogue(measured(demo, args), our_profiles(args.out))
     lines = Lines(args.out, "quality", args.part)
     pictures = held_out_pictures(demo, args.pictures)
+    write_text(args.out / f"machine.quality.{args.part[0]}.json", json.dumps(machine(args)))
     spent: dict[str, float] = {}
     for group, batch in batches(demo, pictures, args.batch, args.part):
         if not any(lines.missing(entry.name, batch) for entry in entries):
@@ -387,7 +388,6 @@ def quality(demo: Demo, args: argparse.Namespace) -> None:
             found = figures(demo, batch, group, outcomes, dense, dense_features)
             lines.add([{"policy": entry.name, **one} for one in found])
             spent[entry.name] = spent.get(entry.name, 0.0) + time.perf_counter() - began
-    write_text(args.out / f"machine.quality.{args.part[0]}.json", json.dumps(machine(args)))
     print(json.dumps({name: round(seconds, 1) for name, seconds in spent.items()}))
 
 
@@ -445,6 +445,7 @@ def latency(demo: Demo, args: argparse.Namespace) -> None:
     pictures = held_out_pictures(demo, args.pictures)
     for entry in entries:  # caches, allocations
         run_one(demo, entry.for_class(demo.classes[0]), pictures[demo.classes[0]][0])
+    write_text(args.out / "machine.latency.json", json.dumps({**machine(args), "threads": args.threads}))
     for repeat in range(args.repeat):
         for group, batch in batches(demo, pictures, 1):
             for entry in entries:
@@ -455,7 +456,6 @@ def latency(demo: Demo, args: argparse.Namespace) -> None:
                 seconds, total = run_one(demo, entry.for_class(group), batch[0])
                 ms = {str(scale): 1e3 * value for scale, value in seconds.items()}
                 lines.add([{**record, "prompt_class": group, "scales_ms": ms, "total_ms": 1e3 * total}])
-    write_text(args.out / "machine.latency.json", json.dumps({**machine(args), "threads": args.threads}))
 
 
 def bundles(demo: Demo, args: argparse.Namespace) -> None:
