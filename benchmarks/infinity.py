@@ -140,11 +140,15 @@ def floor_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, 
     return images * (linear / rate["gemm_tflops"] + attention / rate["attention_tflops"]) / 1e9
 
 
-def measure(engine: InfinityGraphs, condition: tuple[torch.Tensor, ...], repeats: int) -> dict[str, Any]:
-    """Medians over whole pictures: each stage by events, the total by the host's clock."""
+def measure(engine: InfinityGraphs, condition: tuple[torch.Tensor, ...], most: int) -> dict[str, Any]:
+    """Medians over whole pictures, `most` of them or as many as four seconds hold: each stage by events, the total by the
+    host's clock."""
     seeds = list(range(engine.images))
     first = engine.generate(condition, seeds).clone()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     same = torch.equal(first, engine.generate(condition, seeds))
+    repeats = max(5, min(most, int(2 / (time.perf_counter() - start))))
     finite = bool(torch.isfinite(first).all())
     if not (same and finite):
         raise SystemExit(f"wrong result, no speed is reported: same picture twice {same}, finite {finite}")

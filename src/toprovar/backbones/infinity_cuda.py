@@ -342,15 +342,14 @@ class FusedStep:
 
     def _whole(self, x: Tensor, linear: nn.Linear, kind: str, *, gelu: bool = False) -> Tensor:
         """The product ``[n, R, N]``, with its bias and activation."""
-        if x.shape[0] * x.shape[1] > THIN_ROWS:
-            return self._products(x, linear.weight, linear.bias, gelu=gelu, like=self._like[kind])
-        return thin_linear(x.flatten(0, 1), linear.weight, linear.bias, gelu=gelu).unflatten(0, x.shape[:2])
+        return self._products(x, linear.weight, linear.bias, gelu=gelu, like=self._like[kind])
 
     def _branch(self, x: Tensor, linear: nn.Linear, kind: str) -> tuple[Tensor, Tensor | None]:
         return self._parts(x, linear.weight, linear.bias, kind)
 
     def _parts(self, x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
         """The product, and the bias that it lacks: ``[n, R, N]`` and None, or parts ``[parts, n, R, N]`` and the bias."""
-        if x.shape[0] * x.shape[1] > THIN_ROWS:
+        rows = x.shape[0] * x.shape[1]
+        if rows > THIN_ROWS or (kind == "qkv" and rows > 16):
             return self._products(x, weight, bias, like=self._like[kind]), None
         return thin_linear(x.flatten(0, 1), weight, whole=False).unflatten(1, x.shape[:2]), bias

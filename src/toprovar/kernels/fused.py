@@ -62,7 +62,6 @@ def _residual_norm(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     row = token % R
@@ -74,6 +73,8 @@ def _residual_norm(
         if HAS_GAMMA:
             y = y * tl.load(GAMMA + row * gamma_row + c, mask=inside, other=0.0).to(tl.float32)
         x = x + y
+        if OVERLAP:
+            gdc_launch_dependents()
         tl.store(X + token * C + c, x.to(X.dtype.element_ty), mask=inside)
     if HAS_NORM:
         mean = tl.sum(x, 0) / C
@@ -175,7 +176,6 @@ def _qk_norm_rope(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     n = token // R
@@ -205,6 +205,8 @@ def _qk_norm_rope(
             x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, 2 * HALF])
         OUT = Q if part == 0 else K
         tl.store(OUT + token * (H * D) + at, x.to(OUT.dtype.element_ty), mask=ok)
+    if OVERLAP:
+        gdc_launch_dependents()
     v = _added(QKV, base + 2 * H * D + at, ok, BIAS, 2 * H * D + at, part_stride, PARTS, HAS_BIAS)
     tl.store(V + token * (H * D) + at, v.to(V.dtype.element_ty), mask=ok)
 
@@ -326,13 +328,15 @@ def _group_merge(
     PARTS: tl.constexpr,
     C: tl.constexpr,
     GROUPS: tl.constexpr,
+    SOME: tl.constexpr,
     HAS_PRE_BIAS: tl.constexpr,
 ):
-    """All parts at once: M2 = sum of M2_p + n_p (mean_p - mean)^2, exact and without cancellation."""
+    """All parts of a few groups at once: M2 = sum of M2_p + n_p (mean_p - mean)^2, exact and without cancellation."""
     b = tl.program_id(0).to(tl.int64)
     width: tl.constexpr = C // GROUPS
+    first = tl.program_id(1) * SOME
     part = tl.arange(0, PARTS)[:, None]
-    at = PARTIAL + (b * parts + part) * 3 * GROUPS + tl.arange(0, GROUPS)[None, :]
+    at = PARTIAL + (b * parts + part) * 3 * GROUPS + first + tl.arange(0, SOME)[None, :]
     ok = part < parts
     part_mean = tl.load(at, mask=ok, other=0.0)
     part_m2 = tl.load(at + GROUPS, mask=ok, other=0.0)
@@ -342,9 +346,9 @@ def _group_merge(
     deviation = part_mean - mean[None, :]
     m2 = tl.sum(part_m2 + n * deviation * deviation, 0)
     inverse = tl.rsqrt(m2 / count + eps)
-    c = tl.arange(0, C)
-    mean_c = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, width]), [C])
-    inverse_c = tl.reshape(tl.broadcast_to(inverse[:, None], [GROUPS, width]), [C])
+    c = first * width + tl.arange(0, SOME * width)
+    mean_c = tl.reshape(tl.broadcast_to(mean[:, None], [SOME, width]), [SOME * width])
+    inverse_c = tl.reshape(tl.broadcast_to(inverse[:, None], [SOME, width]), [SOME * width])
     scale = tl.load(WEIGHT + c).to(tl.float32) * inverse_c
     if HAS_PRE_BIAS:
         mean_c -= tl.load(PRE_BIAS + c).to(tl.float32)
@@ -403,7 +407,7 @@ def group_norm_silu(
     _group_statistics[(batch, parts)](
         x, before, partial, pixels, C=channels, GROUPS=groups, ROWS=rows, STEPS=steps, HAS_PRE_BIAS=has
     )
-    _group_merge[(batch,)](
+    _group_merge[(batch, groups // 2)](
         partial,
         weight,
         bias,
@@ -414,6 +418,7 @@ def group_norm_silu(
         PARTS=triton.next_power_of_2(parts),
         C=channels,
         GROUPS=groups,
+        SOME=2,
         HAS_PRE_BIAS=has,
     )
     _affine_silu[(triton.cdiv(pixels, rows), batch)](x, affine, y, pixels, C=channels, ROWS=rows, SILU=silu)

@@ -3,9 +3,8 @@
 Early scales have 2 to 128 rows, and their products cost what reading the weights costs; late ones have thousands, and cost
 what the tensor cores cost if the tiles fill the GPU evenly. No single choice serves both:
 
-``thin_linear``    few rows: a Triton kernel with enough programs to keep the memory busy. It asks for its share of the weights
-                   before it waits for the kernel in front of it (programmatic dependent launch), and may cut the sum over
-                   K into parts; the kernel behind it adds them up in passing.
+``thin_linear``    few rows: a Triton kernel with enough programs to keep the memory busy, because the sum over K is cut
+                   into parts; the kernel behind it adds them up in passing.
 ``Products``       more rows: cuBLASLt, whose first proposals for a shape are timed once on the device and the fastest kept.
                    PyTorch takes the first proposal, which at 800 to 3200 rows is often 10% to 30% slower than the best.
 
@@ -59,12 +58,13 @@ def thin_parts(rows: int, outputs: int, inputs: int, *, whole: bool) -> Thin:
         rows, outputs, inputs: M, N, K.
         whole: the result is wanted in one piece (an activation follows).
     """
-    block = _divisor(inputs, 128)
     if whole:
-        return Thin(_divisor(outputs, 16 if outputs <= 2048 else 32), block, 1)
-    tile, parts = _divisor(outputs, 64), 1
-    while outputs // tile * parts < 128 and parts < 8 and inputs % (2 * parts * block) == 0:
-        parts *= 2
+        return Thin(_divisor(outputs, 16 if outputs <= 2048 else 32), _divisor(inputs, 128), 1)
+    wide = outputs > inputs or inputs > 4096
+    tile, block = _divisor(outputs, 128 if wide else 64), _divisor(inputs, 64 if wide else 128)
+    parts = 8 if wide else 4
+    while inputs % (parts * block):
+        parts //= 2
     return Thin(tile, block, parts)
 
 
@@ -98,22 +98,14 @@ def _thin_linear(
     k = tl.arange(0, BLOCK_K)
     weights = W + n.to(tl.int64) * K + first
     if OVERLAP:
-        gdc_launch_dependents()
-        size = tl.full([OUTPUTS], 2 * length, tl.int32)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [weights.to(tl.int64, bitcast=True), size],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
         gdc_wait()
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for start in tl.range(0, length, BLOCK_K, num_stages=STAGES):
         w = tl.load(weights[:, None] + start + k[None, :])
         x = tl.load(X + m[None, :] * K + first + start + k[:, None], mask=(m < M)[None, :], other=0.0)
         total = tl.dot(w, x, total)
+    if OVERLAP:
+        gdc_launch_dependents()
     if HAS_BIAS:
         total += tl.load(BIAS + n).to(tl.float32)[:, None]
     if GELU:  # the tanh form: (1 + tanh z) / 2 = sigmoid(2 z)
@@ -194,6 +186,8 @@ def _capability(device: int) -> int:
 # ------------------------------------------------------------------------------------------------------- many rows
 
 _PROPOSALS = 32
+_WORTH = 0.96
+"""A proposal is preferred to the first if it takes at most this share of its time: clocks move by a few per cent."""
 _WORKSPACE_BYTES = 64 << 20
 _DATA_TYPES = {torch.float16: 2, torch.bfloat16: 14}  # cudaDataType
 _FLOAT32, _COMPUTE_FLOAT32 = 0, 68
@@ -357,7 +351,7 @@ class Products:
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def _choose(self, product: _Product, x: Tensor, weights: Sequence[Tensor], bias: Tensor, y: Tensor) -> _Proposal:
-        """Times every proposal over the given weights, then the best four again, in turn."""
+        """Times every proposal over the given weights, then the first and the best four others again, in turn."""
         weights = weights[:8]
 
         def pass_ms(proposal: _Proposal) -> float:
@@ -371,19 +365,29 @@ class Products:
         proposals = product.proposals(bias)
         if not proposals:
             raise RuntimeError("cuBLASLt proposes no algorithm for a product")
-        first = {index: pass_ms(proposal) for index, proposal in enumerate(proposals)}
-        best = sorted(first, key=first.__getitem__)[:4]
-        times = {index: statistics.median(pass_ms(proposals[index]) for _ in range(3)) for index in best}
-        return proposals[min(times, key=times.__getitem__)]
+        once = [pass_ms(proposal) for proposal in proposals]
+        others = sorted(range(1, len(proposals)), key=once.__getitem__)[:4]
+        rounds = [[pass_ms(proposals[index]) for index in (0, *others)] for _ in range(3)]
+        times = [statistics.median(column) for column in zip(*rounds, strict=True)]
+        best = min(range(len(times)), key=times.__getitem__)
+        return proposals[(0, *others)[best] if times[best] < _WORTH * times[0] else 0]
 
 
 def _elapsed_ms(run: Callable[[], int]) -> float:
-    """Time of the second of two runs; infinite where one fails."""
+    """Time of a replay as a graph, which the host does not slow down; infinite where it cannot run."""
     if run():
         return float("inf")
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    failed = run()
-    end.record()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        failed = run()
+        graph.capture_end()
+        graph.replay()
+        begin.record()
+        graph.replay()
+        end.record()
     end.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     return float("inf") if failed else begin.elapsed_time(end)
