@@ -1,15 +1,18 @@
 """What each hole of the paper and its filling are worth, measured on a demo model. docs/method.md quotes the tables.
 
-    python -m benchmarks.method --demo class -o benchmarks/results/method-class.json [--weights DIR] [--pictures 48]
+    python -m benchmarks.method measure --demo class -o benchmarks/results/method-class.json [--pictures 48]
+    python -m benchmarks.method fill docs/method.md benchmarks/results/method-*.json
 
-Everything but the first table compares pictures: the same noise, all scales run, one choice changed at a time. SSIM is to the
-dense picture, with 95% bootstrap intervals over pictures; differences are paired. Markdown goes beside the JSON.
+Pictures are compared on the same noise, all scales run, one choice changed at a time. SSIM is to the dense picture, with 95%
+bootstrap intervals over pictures; differences are paired.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -351,84 +354,159 @@ def measure(demo: Demo, pictures: int, batch: int) -> dict[str, Any]:
     return document
 
 
-def markdown(document: dict[str, Any]) -> str:
-    """The tables, as docs/method.md quotes them."""
-    grids = ["x".join(map(str, grid)) for grid in document["grids"]]
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables of docs/method.md, made from the documents of both demos
 
-    def span(value: Sequence[float], signed: bool = False) -> str:
-        mean, low, high = (f"{one:+.3f}" if signed else f"{one:.3f}" for one in value)
-        return f"{mean} ({low} to {high})"
+NAMES = {"var-demo": "class demo", "infinity-demo": "text demo"}
 
-    lines = [f"# {document['title']}: what each choice is worth", "", *machine_lines(document["machine"])]
-    lines += [f"- checkpoint {document['checkpoint_sha256'][:12]}, {document['pictures']} held-out pictures", ""]
-    lines += [
-        "## Recurrence",
-        "",
-        "| scale | ours, worst error | printed, worst | printed, mean | kept tokens that are other ones |",
+
+def tables(documents: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Lines of Markdown by the name of their place."""
+    made = {"conditions": [line for document in documents for line in _conditions(document)]}
+    made["recurrence"] = _rows(
+        (
+            "model",
+            "scale",
+            "ours, worst, nats",
+            "printed, mean, nats",
+            "printed, worst, nats",
+            "kept tokens that are wrong ones",
+        ),
+        [
+            (
+                NAMES[document["demo"]],
+                _grid(document, row["scale"]),
+                f"{row['ours_max_nats']:.0e}",
+                f"{row['printed_mean_nats']:.3f}",
+                f"{row['printed_max_nats']:.3f}",
+                f"{row['other_tokens']:.1%}",
+            )
+            for document in documents
+            for row in document["recurrence"]
+        ],
+    )
+    made["rho"] = []
+    for document in documents:
+        sides = [_grid(document, scale) for scale in range(len(document["grids"]))]
+        curves = [(name, *(f"{value:.2f}" for value in row)) for name, row in document["rho"].items()]
+        made["rho"] += [*_rows((f"rho, {NAMES[document['demo']]}", *sides), curves), ""]
+    made["direction"] = _rows(
+        ("model", "D is the first scale with", "at or past", "D by prompt class", "arithmetic", "SSIM"),
+        [
+            (
+                NAMES[document["demo"]],
+                f"rho {row['direction']} 0.4",
+                f"{row['least_grid']}x{row['least_grid']}",
+                ", ".join(
+                    f"{name} {'x'.join(map(str, grid)) if grid else 'none'}" for name, grid in row["depth"].items()
+                ),
+                f"{row['arithmetic']:.0%}",
+                _span(row["ssim"]),
+            )
+            for document in documents
+            for row in document["direction"]
+        ],
+    )
+    made["keep_probability"] = _rows(
+        ("P_keep of the last scale's tokens", *(f"{NAMES[document['demo']]}" for document in documents)),
+        [
+            (
+                f"h {key}",
+                *(
+                    f"{one['keep_probability'][key][0]:.4f} to {one['keep_probability'][key][1]:.4f}"
+                    for one in documents
+                ),
+            )
+            for key in ("as printed", "times N", "by rank")
+        ],
+    )
+    made["ratios"] = []
+    for document in documents:
+        own = document["ratios"]
+        layers = [str(layer + 1) for layer in range(len(own["raw"]))]
+        rows = [(key, *(f"{value:.1f}" for value in own[key])) for key in ("raw", "centred")]
+        rows.append(("role", *document["roles_of_the_rule"]))
+        name = NAMES[document["demo"]]
+        made["ratios"] += [*_rows((f"layer, {name}", *layers), rows), ""]
+        made["ratios"] += [
+            f"Noise has {own['noise_centred']:.2f} centred, and {own['noise_raw_cv_10_percent']:.0f} raw on a mean ten times "
+            f"its deviation. With beta 1 the largest R of any layer is {own['largest_R_at_beta_1']:.0e}; the median beta is "
+            f"{own['beta_median']:.3f}. Rank correlation of raw and centred: {own['spearman_raw_centred']:+.2f}.",
+            "",
+        ]
+    for key in ("tokens", "heads_and_rows", "roles", "restore"):
+        columns = ["choice"]
+        for document in documents:
+            columns += [f"SSIM, {NAMES[document['demo']]}", "difference"]
+        lines = []
+        for index, row in enumerate(documents[0][key]):
+            cells = [row["choice"]]
+            for document in documents:
+                own = document[key][index]
+                cells += [_span(own["ssim"]), "" if index == 0 else _span(own["difference"], signed=True)]
+            lines.append(tuple(cells))
+        made[key] = _rows(tuple(columns), lines)
+    return made
+
+
+def _conditions(document: dict[str, Any]) -> list[str]:
+    machine = machine_lines(document["machine"])
+    return [
+        f"- {NAMES[document['demo']]}: checkpoint {document['checkpoint_sha256'][:12]}, {document['pictures']} held-out "
+        f"pictures, {document['arithmetic']:.0%} of the dense arithmetic wherever one choice is changed at a time",
+        *(f"  {line}" for line in machine),
     ]
-    lines += ["| --- | ---: | ---: | ---: | ---: |"]
-    lines += [
-        f"| {grids[row['scale']]} | {row['ours_max_nats']:.1e} nats | {row['printed_max_nats']:.3f} | "
-        f"{row['printed_mean_nats']:.3f} | {row['other_tokens']:.1%} |"
-        for row in document["recurrence"]
-    ]
-    lines += ["", "## rho", "", "| class | " + " | ".join(grids) + " |", "| --- |" + " ---: |" * len(grids)]
-    lines += [
-        f"| {name} | " + " | ".join(f"{v:.2f}" for v in values) + " |" for name, values in document["rho"].items()
-    ]
-    lines += ["", "## Direction of tau", "", "| D is the first scale with | from | D | arithmetic | SSIM |"]
-    lines += ["| --- | --- | --- | ---: | ---: |"]
-    for row in document["direction"]:
-        found = ", ".join(f"{n} {'none' if g is None else 'x'.join(map(str, g))}" for n, g in row["depth"].items())
-        lines.append(
-            f"| rho {row['direction']} 0.4 | {row['least_grid']} x {row['least_grid']} | {found} | "
-            f"{row['arithmetic']:.0%} | {span(row['ssim'])} |"
-        )
-    keep, own = document["keep_probability"], document["ratios"]
-    lines += ["", "## P_keep at the last scale", "", "| h of eq. 6 | least | most |", "| --- | ---: | ---: |"]
-    lines += [f"| {key} | {keep[key][0]:.4f} | {keep[key][1]:.4f} |" for key in ("as printed", "times N", "by rank")]
-    lines += [
-        "",
-        "## Principal component ratio",
-        "",
-        "| map | " + " | ".join(f"layer {i + 1}" for i in range(len(own["raw"]))) + " |",
-    ]
-    lines += ["| --- |" + " ---: |" * len(own["raw"])]
-    lines += [f"| {key} | " + " | ".join(f"{v:.1f}" for v in own[key]) + " |" for key in ("raw", "centred")]
-    lines += [
-        "",
-        f"Noise: {own['noise_centred']:.2f} centred, {own['noise_raw_cv_10_percent']:.1f} on a mean ten times its deviation.",
-        f"Largest R at beta 1: {own['largest_R_at_beta_1']:.1e}; beta of the median: {own['beta_median']:.3f}.",
-        f"Spearman of raw and centred: {own['spearman_raw_centred']:+.2f}.",
-    ]
-    titles = {
-        "tokens": "Which tokens",
-        "heads_and_rows": "Heads and rows",
-        "roles": "Which layers",
-        "restore": "Restore",
-    }
-    for key, title in titles.items():
-        lines += ["", f"## {title}", "", "| choice | SSIM | difference from the rule |", "| --- | ---: | ---: |"]
-        for row in document[key]:
-            choice = f"{row['choice']} {row.get('roles', '')}".strip()
-            lines.append(f"| {choice} | {span(row['ssim'])} | {span(row['difference'], True)} |")
-    lines += ["", f"Arithmetic of all rows but those of the direction: {document['arithmetic']:.0%} of dense.", ""]
-    return "\n".join(lines)
+
+
+def _grid(document: dict[str, Any], scale: int) -> str:
+    return "x".join(map(str, document["grids"][scale]))
+
+
+def _span(value: Sequence[float], signed: bool = False) -> str:
+    mean, low, high = (f"{one:+.3f}" if signed else f"{one:.3f}" for one in value)
+    return f"{mean} ({low} to {high})"
+
+
+def _rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def fill(text: str, documents: Sequence[dict[str, Any]]) -> str:
+    """`text` with its measured places, ``<!-- measured NAME -->`` to ``<!-- end -->``, written anew.
+
+    Raises:
+        KeyError: a place of another name.
+    """
+    made = tables(documents)
+    return re.sub(
+        r"(<!-- measured (\w+) -->\n).*?(<!-- end -->)",
+        lambda place: place[1] + "\n".join(["", *made[place[2]], ""]).rstrip() + "\n\n" + place[3],
+        text,
+        flags=re.DOTALL,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", choices=("class", "text"), default="class")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--pictures", type=int, default=48)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("-o", "--output", type=Path, required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    one = verbs.add_parser("measure", help="measure a demo model")
+    one.add_argument("--demo", choices=("class", "text"), default="class")
+    one.add_argument("--weights", type=Path, default=WEIGHTS)
+    one.add_argument("--device", default="cpu")
+    one.add_argument("--pictures", type=int, default=48)
+    one.add_argument("--batch", type=int, default=8)
+    one.add_argument("-o", "--output", type=Path, required=True)
+    two = verbs.add_parser("fill", help="write the tables of a text anew")
+    two.add_argument("text", type=Path)
+    two.add_argument("documents", type=Path, nargs="+")
     options = parser.parse_args()
+    if options.verb == "fill":
+        documents = [json.loads(path.read_text()) for path in options.documents]
+        write_text(options.text, fill(options.text.read_text(), documents))
+        return
     make = class_demo if options.demo == "class" else text_demo
     document = measure(make(options.weights, torch.device(options.device)), options.pictures, options.batch)
     write_text(options.output, pretty_json(document))
-    write_text(options.output.with_suffix(".md"), markdown(document))
 
 
 if __name__ == "__main__":
