@@ -96,7 +96,10 @@ def test_every_variant_fits_a_multiprocessor_and_the_instructions() -> None:
 
 def test_what_the_kernel_takes() -> None:
     assert hopper.supports(torch.bfloat16, 128, 1, 1) and hopper.supports("float16", 64, 4096, 10521, scale=0.1)
-    assert not hopper.supports(torch.float32, 128, 1, 1)
+    assert hopper.supports(torch.bfloat16, 128, 64, 155) and hopper.supports(torch.bfloat16, 64, 64, 121)
+    # 64 of 192 and 256 of 384 queries filled: Triton's tiles are faster
+    assert not hopper.supports(torch.bfloat16, 64, 64, 155) and not hopper.supports(torch.bfloat16, 64, 256, 680)
+    assert not hopper.supports(torch.float32, 128, 1, 1) and not hopper.supports(torch.bfloat16, 128, 0, 1)
     assert not hopper.supports(torch.bfloat16, 72, 1, 1)
     assert not hopper.supports(torch.bfloat16, 128, 1, 1, scale=0.0) and not hopper.supports(
         torch.bfloat16, 128, 1, 1, scale=-1.0

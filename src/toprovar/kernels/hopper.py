@@ -563,13 +563,24 @@ def available(device: Any = None) -> bool:
     return wanted.type == "cuda" and torch.cuda.get_device_capability(wanted) == (9, 0)
 
 
+_LEAST_FILL = {64: 2 / 3}
+"""Head dim -> the share of its tiles' queries that a problem must fill. Below it, 64 queries a tile of Triton's are faster
+than 192 of this kernel: measured from 64 to 300 queries, 2 and 8 rows (docs/log.md)."""
+
+
 def supports(dtype: Any, head_dim: int, n_queries: int, n_keys: int, scale: float = 1.0) -> bool:
-    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0.
+    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0, and
+    no better kernel for it.
 
     A scale of 0 or below would turn the mask of absent keys and the maximum of the scores around.
     """
-    name = str(dtype).removeprefix("torch.")
-    return (name, head_dim, True) in VARIANTS and n_queries > 0 and n_keys > 0 and scale > 0
+    variant = VARIANTS.get((str(dtype).removeprefix("torch."), head_dim, True))
+    if variant is None or min(n_queries, n_keys) < 1 or not scale > 0:
+        return False
+    if n_queries <= SMALL_QUERIES and n_keys <= SMALL_KEYS:
+        return True
+    filled = n_queries / (-(-n_queries // variant.tile_m) * variant.tile_m)
+    return filled > _LEAST_FILL.get(head_dim, 0.0)
 
 
 def forward(

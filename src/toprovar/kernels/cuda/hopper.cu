@@ -116,6 +116,10 @@ __device__ __forceinline__ u32 operand(u32 address, int leading) {
     return (address & 0x3ffff) >> 4 | (u32)(leading >> 4) << 16;  // in a cluster the higher bits tell the CTA
 }
 
+// Changes nothing, but tells ptxas that the warp agrees on x: the steps of an operand are then added in uniform registers,
+// not by instructions that the other warpgroup's softmax, on the same quarter of the SM, has to make way for.
+__device__ __forceinline__ u32 uniform(u32 x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -132,7 +136,7 @@ __device__ __forceinline__ void pin(float (&values)[COUNT]) {
 }
 
 __device__ __forceinline__ void multiply_qk(float (&scores)[SCORES], u32 query, u32 key) {
-    const u32 a = operand(query, 16), b = operand(key, 16);
+    const u32 a = uniform(operand(query, 16)), b = uniform(operand(key, 16));
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++)
         wgmma_qk(scores, a + (k / 4 * TILE_M * 128 + k % 4 * 32) / 16, b + (k / 4 * TILE_N * 128 + k % 4 * 32) / 16, k > 0);
@@ -517,14 +521,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         auto key_tile = [&] { return base + KEYS_AT + keys.stage * KEY_BYTES; };
         auto value_tile = [&] { return base + VALUES_AT + values.stage * KEY_BYTES; };
         // Which blocks have rows without a key. Kept in shared memory: there is no register left for it in the loop.
-        auto mask_block = [&](int block) {
-            int gap_block, end_block, gap, resume, end;
+        auto has_gap = [&](int block) {
+            int gap_block, end_block;
             asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(gap_block), "=r"(end_block) : "r"(base + MASK_AT));
-            if (block == gap_block || block == end_block) {
-                asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(gap), "=r"(resume) : "r"(base + MASK_AT + 8));
-                asm volatile("ld.shared.b32 %0, [%1];" : "=r"(end) : "r"(base + MASK_AT + 16));
-                mask(scores, gap - block * TILE_N, resume - block * TILE_N, end - block * TILE_N);
-            }
+            return block == gap_block || block == end_block;
+        };
+        auto mask_block = [&](int block) {
+            int gap, resume, end;
+            asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(gap), "=r"(resume) : "r"(base + MASK_AT + 8));
+            asm volatile("ld.shared.b32 %0, [%1];" : "=r"(end) : "r"(base + MASK_AT + 16));
+            mask(scores, gap - block * TILE_N, resume - block * TILE_N, end - block * TILE_N);
         };
 
         if (group == CONSUMERS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");  // the first turn is group 0's
@@ -542,7 +548,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             pin(scores);
             release(base + KEY_FREE + 8 * keys.stage);
             keys.advance();
-            mask_block(work.first);
+            if (has_gap(work.first)) mask_block(work.first);
             softmax_first(scores, rows, scale_log2);
             pack_weights(weights, scores);
 
@@ -557,15 +563,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
                 multiply_pv(output, weights, value_tile());
                 wgmma_commit();
+                const bool gap = has_gap(block);  // asked here, where there is time
                 wgmma_wait<1>();
                 pin(scores);
                 turn_pass();  // the other group's scores may now be formed beside this one's product with V
-                mask_block(block);
+                if (gap) mask_block(block);
                 // K is held until here for the rare case that its scores are needed twice. The branches inside also keep
                 // ptxas from sinking the softmax below the wait for O, where nothing would run beside it.
                 const bool moved = softmax_next(scores, rows, scale_log2, [&] {
                     scores_again(scores, query, key_tile());
-                    mask_block(block);
+                    if (has_gap(block)) mask_block(block);
                 });
                 release(base + KEY_FREE + 8 * keys.stage);
                 keys.advance();
@@ -659,6 +666,8 @@ extern "C" __global__ void __launch_bounds__(256)
     toprovar_attention_finish(void* out, float* head_entropy, float* lse, float* mean_entropy, const float* part_out,
                               const float* part_stats, int queries, int past, int fresh, int row_heads, int heads,
                               int full_tiles, int run) {
+    // The kernel behind this one may be set up meanwhile, as this one is beside the kernel before it.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
     const Problem problem(queries, past, fresh, row_heads);
     constexpr int SETS = (GROUPS + 3) / 4;
     constexpr int BATCH = 4;  // parts whose loads are in flight together
@@ -748,8 +757,15 @@ extern "C" __global__ void __launch_bounds__(256)
         asm volatile("griddepcontrol.wait;" ::: "memory");
         float total = 0.f;
         if (n < queries && full_tiles >= problem.tiles) {
-#pragma unroll 4
-            for (int head = share; head < heads; head += 8) total += head_entropy[((long long)row * heads + head) * queries + n];
+            for (int first = share; first < heads; first += 32) {  // four loads in flight, also for few heads
+                float of_head[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int head = first + 8 * i;
+                    of_head[i] = head < heads ? head_entropy[((long long)row * heads + head) * queries + n] : 0.f;
+                }
+                total += (of_head[0] + of_head[1]) + (of_head[2] + of_head[3]);
+            }
         } else if (n < queries) {
             for (int head = share; head < heads; head += 8) {
                 const int row_head = row * heads + head, tile = row_head * problem.tiles_per_head + tile_m;
