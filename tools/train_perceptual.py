@@ -35,7 +35,7 @@ def spoil(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[st
         soft = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
         out = torch.where((blur == level).view(-1, 1, 1, 1), soft, out)
     grain = torch.randn(out.shape, generator=generator, device=device)
-    out = out + 0.015 * noise.view(-1, 1, 1, 1) * grain
+    out = out + 0.03 * noise.view(-1, 1, 1, 1) * grain
     return out.clamp(0, 1), {"blur": blur, "noise": noise}
 
 
@@ -43,7 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=192)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--pool", type=int, default=3072, help="pictures of each kind that are ready")
     parser.add_argument("--judged", type=int, default=960, help="held-out pictures")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -56,25 +57,30 @@ def main() -> None:
     generator = torch.Generator(device=device).manual_seed(1)
     seeds, clock, began = training.Seeds(team, FIRST_SEED), training.Clock(team, args.minutes, args.steps), time.time()
 
-    def answer(first: np.ndarray, second: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss, and whether each head was right of the pictures of these two runs of seeds."""
-        (one, labels), (two, fields) = draw_batch(first, False, device), draw_batch(second, True, device)
-        pictures, levels = spoil(torch.cat((one, two)), generator)
+    def drawn(numbers: np.ndarray) -> tuple[Tensor, ...]:
+        """Rows of a picture of a class and one of a scene, with their right answers."""
+        (one, labels), (two, fields) = draw_batch(numbers, False, device), draw_batch(numbers, True, device)
+        return one.half(), two.half(), *labels.values(), *fields.values()
+
+    def answer(one: Tensor, two: Tensor, *truths: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss, and whether each head was right of these rows."""
+        pictures, levels = spoil(torch.cat((one, two)).float(), generator)
         with team.autocast():
             features = net.maps(pictures)[-1].mean((2, 3))
-        halves = {**dict.fromkeys(labels, features[: len(one)]), **dict.fromkeys(fields, features[len(one) :])}
         right, losses = {}, []
-        for name, truth in (labels | fields | levels).items():
-            logits = heads[name](halves.get(name, features).float())
+        for name, truth in (dict(zip(_HEADS, truths, strict=False)) | levels).items():
+            seen = features if name in levels else features[: len(one)] if name == "label" else features[len(one) :]
+            logits = heads[name](seen.float())
             losses.append(F.cross_entropy(logits, truth))
             right[name] = (logits.argmax(1) == truth).float()
         return torch.stack(losses).sum(), right
 
+    pool = training.Pool(lambda count: drawn(seeds.take(count)), args.pool, args.pool // 4, 6.0, 2)
     going = True
     while going:
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, 3e-3)
-        loss, _ = answer(seeds.take(args.batch // 2), seeds.take(args.batch // 2))
+        loss, _ = answer(*pool.take(args.batch // 2))
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()
@@ -86,8 +92,7 @@ def main() -> None:
     hits: dict[str, list[Tensor]] = {}
     with torch.no_grad():
         for start in range(0, args.judged, 120):
-            held_out = HELD_OUT + start + np.arange(60)
-            for name, right in answer(held_out, held_out)[1].items():
+            for name, right in answer(*drawn(HELD_OUT + start + np.arange(60)))[1].items():
                 hits.setdefault(name, []).append(right)
     facts = {
         "steps": clock.step,

@@ -165,33 +165,42 @@ def _lamp(u: _Numbers, picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return (picture * (1.06 - 0.13 * (px * px + py * py)).unsqueeze(1)).clamp(0, 1)
 
 
+def _turned(u: _Numbers, x: Tensor, y: Tensor, angles: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Turn the axes about the centre by one of the angles, give or take a degree.
+
+    A texture is anchored at the centre and has one of a few periods: the tokens of a scale are drawn at once, so they
+    can agree on a phase only if it is known before.
+    """
+    angle = u.choice(angles) + u(-0.02, 0.02)
+    return draw.place(x, y, torch.zeros_like(angle), torch.zeros_like(angle), angle)
+
+
 def _stripes(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    lean = u.choice((0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4)) + u(-0.06, 0.06)
-    px, _ = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), lean)
-    alpha = cover(draw.stripe(px, u(0.24, 0.40), u(0.42, 0.56)), size)
+    px, _ = _turned(u, x, y, (0.0, math.pi / 4, math.pi / 2, 3 * math.pi / 4))
+    alpha = cover(draw.stripe(px, u.choice((0.32, 0.40, 0.48)), u(0.44, 0.54)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _checker(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 4)) + u(-0.06, 0.06))
-    alpha = cover(draw.checker(px, py, u(0.18, 0.28)), size)
+    px, py = _turned(u, x, y, (0.0, math.pi / 4))
+    alpha = cover(draw.checker(px, py, u.choice((0.20, 0.25))), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _dots(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     ground, ink = _two_inks(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u.choice((0.0, math.pi / 6)) + u(-0.06, 0.06))
-    alpha = cover(draw.dots(px, py, u(0.28, 0.42), u(0.27, 0.35)), size)
+    px, py = _turned(u, x, y, (0.0, math.pi / 6))
+    alpha = cover(draw.dots(px, py, u.choice((0.34, 0.44)), u(0.28, 0.34)), size)
     return _lamp(u, over(ground.expand(-1, -1, size, size), ink, alpha), x, y)
 
 
 def _bricks(u: _Numbers, x: Tensor, y: Tensor, size: int) -> Tensor:
     hue, _ = _hue(u)
-    px, py = draw.place(x, y, u(-0.2, 0.2), u(-0.2, 0.2), u(-0.06, 0.06))
-    tall = u(0.24, 0.32).view(-1, 1, 1)
-    wide, gap = tall * u(2.0, 2.4).view(-1, 1, 1), tall * u(0.08, 0.11).view(-1, 1, 1)
+    px, py = _turned(u, x, y, (0.0,))
+    tall = u.choice((0.26, 0.32)).view(-1, 1, 1)
+    wide, gap = 2.2 * tall, 0.095 * tall
     row = torch.floor(py / tall)
     column = px / wide + 0.5 * (row - 2 * torch.floor(row / 2))
     cell = torch.floor(column)
