@@ -352,4 +352,4 @@ class FusedStep:
         rows = x.shape[0] * x.shape[1]
         if rows > THIN_ROWS or (kind == "qkv" and rows > 16):
             return self._products(x, weight, bias, like=self._like[kind]), None
-        return thin_linear(x.flatten(0, 1), weight, whole=False).unflatten(1, x.shape[:2]), bias
+        return thin_linear(x.flatten(0, 1), weight).unflatten(1, x.shape[:2]), bias

@@ -21,7 +21,6 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-__all__ = ["THIN_ROWS", "Products", "Thin", "launch_options", "overlaps", "thin_linear", "thin_parts"]
+__all__ = ["THIN_ROWS", "Products", "launch_options", "overlaps", "thin_linear"]
 
 THIN_ROWS = 128
 """Up to this many rows `thin_linear` is used."""
@@ -39,45 +38,10 @@ THIN_ROWS = 128
 # ------------------------------------------------------------------------------------------------------- few rows
 
 
-@dataclass(frozen=True)
-class Thin:
-    """How a thin product is cut: outputs and K of a tile, parts that K is cut into, warps, loads in flight, most rows."""
-
-    outputs: int
-    k: int
-    parts: int
-    warps: int = 4
-    stages: int = 4
-    rows: int = 128
-
-
-def thin_parts(rows: int, outputs: int, inputs: int, *, whole: bool) -> Thin:
-    """The cut for a shape, by what was fastest on an H100 (docs/log.md).
-
-    Args:
-        rows, outputs, inputs: M, N, K.
-        whole: the result is wanted in one piece (an activation follows).
-    """
-    if whole:
-        return Thin(_divisor(outputs, 16 if outputs <= 2048 else 32), _divisor(inputs, 128), 1)
-    wide = outputs > inputs or inputs > 4096
-    tile, block = _divisor(outputs, 128 if wide else 64), _divisor(inputs, 64 if wide else 128)
-    parts = 8 if wide else 4
-    while inputs % (parts * block):
-        parts //= 2
-    return Thin(tile, block, parts)
-
-
-def _divisor(size: int, most: int) -> int:
-    """The largest power of two up to `most` that divides `size`."""
-    return min(most, size & -size)
-
-
 @triton.jit
 def _thin_linear(
     X,
     W,
-    BIAS,
     Y,
     M,
     N: tl.constexpr,
@@ -86,19 +50,17 @@ def _thin_linear(
     OUTPUTS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
     OVERLAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
     length: tl.constexpr = K // PARTS
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     first = tl.program_id(1) * length
-    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    m = tl.arange(0, ROWS)
     k = tl.arange(0, BLOCK_K)
     weights = W + n.to(tl.int64) * K + first
-    if OVERLAP:
-        gdc_wait()
     total = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for start in tl.range(0, length, BLOCK_K, num_stages=STAGES):
         w = tl.load(weights[:, None] + start + k[None, :])
@@ -106,66 +68,52 @@ def _thin_linear(
         total = tl.dot(w, x, total)
     if OVERLAP:
         gdc_launch_dependents()
-    if HAS_BIAS:
-        total += tl.load(BIAS + n).to(tl.float32)[:, None]
-    if GELU:  # the tanh form: (1 + tanh z) / 2 = sigmoid(2 z)
-        total = total * tl.sigmoid(1.5957691216057308 * (total + 0.044715 * total * total * total))
-    y = Y + tl.program_id(1).to(tl.int64) * M * N + m[None, :] * N + n[:, None]
-    tl.store(y, total.to(Y.dtype.element_ty), mask=(m < M)[None, :])
+    y = Y + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
+    tl.store(y, total, mask=(m < M)[None, :])
 
 
-def thin_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    gelu: bool = False,
-    whole: bool = True,
-    cut: Thin | None = None,
-) -> Tensor:
-    """``x W^T + b`` for few rows.
+def thin_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` for few rows, in parts to be added up by a kernel that does so while it reads.
 
     Args:
-        x: ``[M, K]`` fp16 or bf16, contiguous.
-        weight: ``[N, K]``; N a multiple of the cut's outputs, K of its parts times its k.
-        bias: ``[N]``, or None.
-        gelu: the tanh form of GELU behind it.
-        whole: False returns parts to be added up, for a kernel that does so while it reads; without bias.
-        cut: `thin_parts` by default.
+        x: ``[M, K]`` fp16 or bf16, contiguous, M at most `THIN_ROWS`.
+        weight: ``[N, K]`` of the same dtype.
 
-    Returns: ``[M, N]`` of x's dtype, or fp32 ``[parts, M, N]``.
+    Returns: fp32 ``[parts, M, N]``.
     """
-    rows, inputs = x.shape
-    outputs = weight.shape[0]
-    cut = cut or thin_parts(rows, outputs, inputs, whole=whole)
-    if outputs % cut.outputs or inputs % (cut.parts * cut.k) or (whole and cut.parts > 1):
-        raise ValueError(f"a product of {outputs} x {inputs} cannot be cut by {cut}")
-    if whole:
-        y = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
-    else:
-        y = torch.empty((cut.parts, rows, outputs), dtype=torch.float32, device=x.device)
+    (rows, inputs), outputs = x.shape, weight.shape[0]
+    if rows > THIN_ROWS:
+        raise ValueError(f"{rows} rows: a thin product has at most {THIN_ROWS}")
+    # What was fastest on an H200 of a dozen cuts for the shapes of Infinity 2B; docs/log.md has some.
+    large = outputs > inputs or inputs > 4096
+    tile, block, parts = (128, 64, 8) if large else (64, 128, 4)
+    tile, block = _divisor(outputs, tile), _divisor(inputs, block)
+    while inputs % (parts * block):
+        parts //= 2
+    y = torch.empty((parts, rows, outputs), dtype=torch.float32, device=x.device)
     overlap = overlaps(x)
-    tile = min(cut.rows, max(16, triton.next_power_of_2(rows)))
-    _thin_linear[(outputs // cut.outputs, cut.parts, triton.cdiv(rows, tile))](
+    _thin_linear[(outputs // tile, parts)](
         x,
         weight,
-        x if bias is None else bias,
         y,
         rows,
         N=outputs,
         K=inputs,
-        ROWS=tile,
-        OUTPUTS=cut.outputs,
-        BLOCK_K=cut.k,
-        PARTS=cut.parts,
-        HAS_BIAS=bias is not None,
-        GELU=gelu,
+        ROWS=max(16, triton.next_power_of_2(rows)),
+        OUTPUTS=tile,
+        BLOCK_K=block,
+        PARTS=parts,
         OVERLAP=overlap,
-        STAGES=cut.stages,
-        num_warps=cut.warps,
+        STAGES=4,
+        num_warps=4,
         **launch_options(overlap),
     )
     return y
+
+
+def _divisor(size: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `size`."""
+    return min(most, size & -size)
 
 
 def overlaps(tensor: Tensor) -> bool:
