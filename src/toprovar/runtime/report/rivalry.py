@@ -90,7 +90,7 @@ def trade(view: View) -> Section | None:
         ),
         figure_,
         tuple(_front_findings(view, behind)),
-        _front_table(behind),
+        _front_table(view, behind),
     )
 
 
@@ -175,13 +175,17 @@ def _where(view: View, groups: Sequence[str]) -> str:
     return "every prompt class" if set(groups) == set(view.groups) else listed([class_name(group) for group in groups])
 
 
-def _front_table(behind: Sequence[_Behind]) -> tuple[Table, ...]:
-    rows = tuple(
-        (one.policy.title, METRICS[one.metric].title, "all" if one.group == ALL else one.group, ", ".join(one.others))
-        for one in behind
-    )
+def _front_table(view: View, behind: Sequence[_Behind]) -> tuple[Table, ...]:
+    rows = []
+    for policy in view.ours:
+        for metric in view.metrics:
+            own = [one for one in behind if one.policy is policy and one.metric == metric]
+            if own:
+                others = list(dict.fromkeys(title for one in own for title in one.others))
+                where = _where(view, [one.group for one in own])
+                rows.append((policy.title, METRICS[metric].title, where, ", ".join(others)))
     columns = ("policy of ours", "quality", "prompts", "faster and better")
-    return (Table(columns, rows, "Every case where ours is behind", folded=True),) if rows else ()
+    return (Table(columns, tuple(rows), "Every case where ours is behind", folded=True),) if rows else ()
 
 
 def _key(view: View) -> Markup:

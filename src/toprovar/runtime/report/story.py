@@ -5,10 +5,11 @@ A part that the evidence lacks is left out, and the last section says so. Senten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from toprovar.profiles.evidence import ALL, METRICS
+from toprovar.profiles.evidence import ALL, METRICS, Policy
 from toprovar.runtime.report.inside import (
     compared_pictures,
     entropy_maps,
@@ -30,6 +31,10 @@ from toprovar.runtime.report.view import (
 )
 
 __all__ = ["Story", "in_short", "sections", "tell", "tiles"]
+
+
+_BEATEN_SHOWN = 4
+"""Cases that the beginning of the page names; all of them stand with the rivals."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +75,22 @@ def sections(view: View) -> list[Section]:
 
 
 def tiles(view: View) -> list[Tile]:
-    """The headline policy, and beside it what dropping scales alone does."""
-    shown = [view.headline] if view.headline else []
-    shown += [policy for policy in view.ours if policy not in shown][:2]
-    drops = [policy for policy in view.policies if policy.family == "drop"]
-    shown += sorted(drops, key=lambda one: -(view.speed_up(one) or 0))[:1]
+    """The headline policy, what dropping scales alone does at about its speed, and both ends of our line."""
+    faithful = sorted(view.ours, key=lambda one: view.speed_up(one) or 0)
+    shown = [view.headline, nearest_drop(view), *faithful[:1], *faithful[-1:]]
     made = []
-    for policy in shown:
-        speed = view.speed_up(policy)
-        if speed is None:
-            continue
-        made.append(Tile(policy.family, policy.title, f"{speed:.1f}×", quality_line(view, policy)))
+    for policy in dict.fromkeys(one.name for one in shown if one is not None):
+        own = view.evidence.policy(policy)
+        if (speed := view.speed_up(own)) is not None:
+            made.append(Tile(own.family, own.title, f"{speed:.1f}×", quality_line(view, own)))
     return made
+
+
+def nearest_drop(view: View) -> Policy | None:
+    """The policy that drops scales and nothing else, of about the headline policy's speed."""
+    drops = [policy for policy in view.policies if policy.family == "drop" and view.speed_up(policy)]
+    wanted = (view.speed_up(view.headline) if view.headline else None) or 1.0
+    return min(drops, key=lambda one: abs(math.log((view.speed_up(one) or 1.0) / wanted)), default=None)
 
 
 def in_short(view: View) -> list[str]:
@@ -93,8 +102,7 @@ def in_short(view: View) -> list[str]:
         amount = f"{speed:.2f} times less arithmetic" if view.costs[0] == FLOPS else f"{speed:.2f} times as fast"
         quality = quality_line(view, name)
         found.append(f"{name.title} {how} {amount} as the dense model" + (f", at {quality}." if quality else "."))
-    if drops := [policy for policy in view.policies if policy.family == "drop" and view.speed_up(policy)]:
-        best = max(drops, key=lambda one: view.speed_up(one) or 0)
+    if (best := nearest_drop(view)) is not None:
         found.append(
             f"Leaving out the last scales and nothing else ({best.title}) gives {view.speed_up(best):.2f} times, at "
             f"{quality_line(view, best)}: whatever a method gains must be seen beside this."
@@ -111,7 +119,8 @@ def in_short(view: View) -> list[str]:
             f"better by more than the interval in {count['better']}, equal within it in {count['equal']}, worse in "
             f"{count['worse']}{rest}."
         )
-    for one in view.beaten()[:4]:
+    beaten = sorted(view.beaten(), key=lambda one: one.prompt_class != ALL)
+    for one in beaten[:_BEATEN_SHOWN]:
         assert one.difference is not None
         rival = view.evidence.policy(one.rival).title
         reason = f" {one.reason}" if one.reason else ""
@@ -119,6 +128,8 @@ def in_short(view: View) -> list[str]:
             f"Beaten: {rival} is better in {METRICS[one.metric].title} on {class_name(one.prompt_class)}, by "
             f"{gap(one.metric, -one.difference.mean).lstrip('+')}.{reason}"
         )
+    if len(beaten) > _BEATEN_SHOWN:
+        found.append(f"{len(beaten) - _BEATEN_SHOWN} more such cases are listed with the rivals.")
     found += _below_floor(view)
     return found
 
