@@ -8,6 +8,7 @@
 #   TORCH_PYTHON      runs Python with PyTorch (python3)              TOPROVAR_TRTEXEC          trtexec, where there is one
 #   TOPROVAR_RUN      the C++ runtime (build/src/toprovar/runtime/cpp/toprovar_run), with LD_LIBRARY_PATH if need be
 #   WORK              bundles, engines and cases; kept and used again (OUT/work)
+#   BUILD_OPTIONS     of `python -m toprovar.exporter.engine_tensorrt`, such as --optimization-level 1 ()
 #   DEPTHS            of Infinity-2B's 32 layers, what is built ("4 32")
 set -u
 out=${1:?a folder for results} && shift
@@ -29,7 +30,7 @@ step() {
 
 # measured NAME: engines, golden trace and latency of WORK/NAME.bundle
 measured() {
-    LIMIT=${BUILD_LIMIT:-600} step "engines_$1" $trt -m toprovar.exporter.engine_tensorrt "$work/$1.bundle" --timing-cache "$work/timing.cache"
+    LIMIT=${BUILD_LIMIT:-600} step "engines_$1" $trt -m toprovar.exporter.engine_tensorrt "$work/$1.bundle" --timing-cache "$work/timing.cache" ${BUILD_OPTIONS:-}
     step "verify_cpp_$1" $run "$work/$1.bundle" --verify --no-hashes
     step "verify_py_$1" $trt -m toprovar verify "$work/$1.bundle" --target tensorrt
     step "bench_cpp_$1" bash -c "$run '$work/$1.bundle' --bench --repeat 20 --no-hashes >'$out/bench_cpp_$1.json'"

@@ -16,6 +16,7 @@ from toprovar.exporter.engine import (
     build_engines,
     open_builder,
     shape_profiles,
+    share_profiles,
 )
 from toprovar.exporter.graph import save_graph
 from toprovar.exporter.package import write_bundle
@@ -83,6 +84,16 @@ def test_there_is_one_profile_for_every_scale_of_every_class_and_none_twice(bund
     advance = shape_profiles(graphs["advance"], "advance", schedules, constants, model, condition)
     assert [profile.best["next_position"][0] for profile in advance] == [4, 9, 16, 36, 1]
     assert len(shape_profiles(graphs["decoder"], "decoder", schedules, constants, model, condition)) == 1
+
+
+def test_small_scales_can_share_a_profile():
+    """It takes every one of them, and is tuned for the largest."""
+    profiles = [ShapeProfile.fixed({"x": (n, 2), "past": (past,)}) for n, past in ((1, 0), (4, 1), (16, 5))]
+    least, most = {"x": (1, 2), "past": (0,)}, {"x": (4, 2), "past": (1,)}
+    assert share_profiles(profiles, 4) == [ShapeProfile(least, most, most), profiles[2]]
+    assert share_profiles(profiles, 1) == share_profiles(profiles, 0) == profiles
+    other = [ShapeProfile.fixed({"codes": (1, 16)})]
+    assert share_profiles(other, 4096) == other
 
 
 def test_shapes_follow_the_batch(bundle):

@@ -33,6 +33,7 @@ __all__ = [
     "TensorRtRtxBuilder",
     "build_engines",
     "open_builder",
+    "share_profiles",
     "shape_profiles",
 ]
 
@@ -65,6 +66,8 @@ class EngineOptions:
             nothing but the rounding of softmax; an fp32 bundle loses 13 bits.
         workspace_bytes: limit of scratch memory while running; None leaves it to the builder.
         optimization_level: 0 to 5; None is the builder's default.
+        shared_tokens: scales of at most this many tokens share one optimisation profile, tuned for the largest of them;
+            0: every scale has its own. A build takes as long as it has profiles.
         compute_capabilities: GPUs that the engine is for, like ``("8.9", "12.0")``; none: every one that the builder
             supports (without a GPU), or the one at hand.
     """
@@ -73,6 +76,7 @@ class EngineOptions:
     tf32: bool = True
     workspace_bytes: int | None = None
     optimization_level: int | None = None
+    shared_tokens: int = 0
     compute_capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -163,6 +167,27 @@ def shape_profiles(
     return profiles
 
 
+def share_profiles(profiles: Sequence[ShapeProfile], tokens: int) -> list[ShapeProfile]:
+    """One profile in place of those of the scales that have at most this many tokens; a runtime takes what fits.
+
+    Tokens are the first axis of ``x`` (step) or of ``logits`` (advance); other graphs have one profile and keep it.
+    """
+    small, large = [], []
+    for profile in profiles:
+        shape = profile.best.get("x") or profile.best.get("logits")
+        (small if shape and shape[0] <= tokens else large).append(profile)
+    if len(small) < 2:
+        return list(profiles)
+
+    def bound(pick: Callable[[Sequence[int]], int], shapes: Sequence[Shapes]) -> Shapes:
+        return {
+            name: tuple(pick(sizes) for sizes in zip(*(one[name] for one in shapes), strict=True)) for name in shapes[0]
+        }
+
+    most = bound(max, [profile.greatest for profile in small])
+    return [ShapeProfile(bound(min, [profile.least for profile in small]), most, most), *large]
+
+
 def _shape(
     info: TensorInfo, step: ScaleStep | None, constants: Mapping[str, tuple[int, ...]], known: Mapping[str, int]
 ) -> tuple[int, ...]:
@@ -208,7 +233,9 @@ def build_engines(
     place.mkdir(parents=True, exist_ok=True)
     engines, keys = {}, {}
     for name, graph in graphs.items():
-        profiles = shape_profiles(graph, name, schedules, constants, model, condition, options.batch)
+        profiles = share_profiles(
+            shape_profiles(graph, name, schedules, constants, model, condition, options.batch), options.shared_tokens
+        )
         keys[name] = _cache_key(builder, folder / graph.file, profiles, options)
         kept = cache / f"{keys[name]}.engine" if cache is not None else None
         if kept is not None and kept.is_file():

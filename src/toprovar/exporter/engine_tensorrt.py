@@ -44,6 +44,7 @@ from .engine import (
     build_engines,
     set_options,
     shape_profiles,
+    share_profiles,
 )
 from .lower86 import lower
 
@@ -400,6 +401,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-tf32", action="store_true", help="compute fp32 products in fp32")
     parser.add_argument("--workspace-mib", type=int, help="limit of scratch memory")
     parser.add_argument("--optimization-level", type=int, choices=range(6))
+    parser.add_argument(
+        "--shared-tokens", type=int, default=0, help="scales of at most this many tokens share a profile: builds faster"
+    )
     parser.add_argument("--timing-cache", type=Path)
     parser.add_argument("--engine-cache", type=Path, help="folder of engines that are not built again")
     parser.add_argument("--emit-trtexec", action="store_true", help="build nothing; print the equal trtexec commands")
@@ -410,6 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tf32=not given.no_tf32,
             workspace_bytes=None if given.workspace_mib is None else given.workspace_mib << 20,
             optimization_level=given.optimization_level,
+            shared_tokens=given.shared_tokens,
         )
         if given.emit_trtexec:
             for line in trtexec_commands(given.bundle, options):
@@ -452,8 +457,11 @@ def trtexec_commands(folder: Path, options: EngineOptions, version: str | None =
     constants = _tensor_shapes(folder / "constants.safetensors")
     lines = []
     for name, graph in manifest.graphs.items():
-        profiles = shape_profiles(
-            graph, name, manifest.schedules, constants, manifest.model, manifest.condition, options.batch
+        profiles = share_profiles(
+            shape_profiles(
+                graph, name, manifest.schedules, constants, manifest.model, manifest.condition, options.batch
+            ),
+            options.shared_tokens,
         )
         path = folder / graph.file
         if version.startswith("8."):
