@@ -160,7 +160,7 @@ def write_bundle(
         loops, constants = _constants(backbone, plan, graphs)
         write_bytes(place / "constants.safetensors", save(constants))
         if text is not None:
-            say(f"text encoder {text.source.name}")
+            say("text")
             condition = _write_text(place, text, condition, loops)
         save_plan(place / "plan.json", plan)
         for file, content in (documents or {}).items():

@@ -153,7 +153,7 @@ def user_source(
         family,
         checkpoint,
         vae,
-        text=TextSource(str(text_encoder), load_encoder if text_encoder is not None else None, features),
+        text=TextSource(text_encoder or "none", None if text_encoder is None else load_encoder, features),
         load_options={key: value for key, value in options.items() if value is not None},
         size=release.size if release else None,
     )
