@@ -172,7 +172,8 @@ def share_profiles(profiles: Sequence[ShapeProfile], tokens: int) -> list[ShapeP
 
     Tokens are the first axis of ``x`` (step) or of ``logits`` (advance); other graphs have one profile and keep it.
     """
-    small, large = [], []
+    small: list[ShapeProfile] = []
+    large: list[ShapeProfile] = []
     for profile in profiles:
         shape = profile.best.get("x") or profile.best.get("logits")
         (small if shape and shape[0] <= tokens else large).append(profile)
