@@ -194,6 +194,9 @@ def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
         (("bench", "{bundle}", "--class", "cats"), "no prompt class 'cats'"),
         (("bench", "{bundle}", "--repeat", "1", "-o", "x.txt"), "ends in .json"),
         (("report", "{bundle}", "{bundle}"), "give each its own name"),
+        (("report", "nothing.json"), "nothing.json: no such file; expected a file of measurements"),
+        (("report", "nothing.bundle"), "no such folder"),
+        (("report", "{bundle}", "-o", "r.pdf"), "ends in .html"),
     ],
 )
 def test_a_mistake_is_one_line(

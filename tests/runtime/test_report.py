@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -226,12 +227,14 @@ def test_parts_that_were_not_measured_are_left_out(view: View) -> None:
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("report")
+    folder, started = tmp_path_factory.mktemp("report"), time.monotonic()
     evidence, arrays = sample_evidence()
     save_evidence(folder / "var.json", evidence, arrays)
     other = evidence.model_copy(update={"name": "text-demo", "title": "Text demo <Infinity>"})
     parts = [report.load(folder / "var.json"), report.Part(other, {}, stored=True)]
-    return report.write(parts, folder / "report.html")[0]
+    made = report.write(parts, folder / "report.html")[0]
+    assert time.monotonic() - started < 60
+    return made
 
 
 _VOID = {"br", "hr", "img", "input", "meta"}
