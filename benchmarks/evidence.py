@@ -24,9 +24,10 @@ import argparse
 import dataclasses
 import io
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -55,7 +56,7 @@ from toprovar.exporter.policies.catalogue import Entry, catalogue
 from toprovar.exporter.policies.engine import Outcome, Policy, State, run_policy
 from toprovar.exporter.policies.ours import Choice, Planned, head_temperatures, token_scores
 from toprovar.exporter.quality import code_error, equal_share, mean_squared_error, ssim
-from toprovar.exporter.search import Picture, Search, split_pictures
+from toprovar.exporter.search import Candidate, Picture, Search, split_pictures
 from toprovar.exporter.source import Source, named_profile
 from toprovar.profiles import evidence as ev
 from toprovar.profiles.calibration import Calibration, load_calibration
@@ -289,38 +290,62 @@ def our_profiles(out: Path) -> list[Profile]:
 
 
 def search(demo: Demo, args: argparse.Namespace) -> None:
-    """Calibration, and a profile for each floor."""
+    """Calibration, and a profile for each floor. Prompt classes and roles are shared among processes."""
     calibration = measured(demo, args)
-    seeds = [SEARCH_SEED + i for i in range(args.seeds)]
-    searched, held_out = split_pictures(demo.prompts, seeds)
-    looking = Search(
-        demo.backbone,
-        calibration,
-        searched,
-        held_out,
-        demo.condition,
-        demo.judge,
-        batch_size=args.batch,
-        on_evaluation=lambda what: print(what, flush=True) if args.verbose else None,
-    )
+    looking = searcher(demo, calibration, args)
+    floors = {**FLOORS, **BETWEEN}
+    began = time.perf_counter()
+    shares = [(group, roles) for roles in looking.roles() for group in demo.classes]
+    if args.workers > 1:
+        with ProcessPoolExecutor(min(args.workers, len(shares)), multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(search_share, [args] * len(shares), *zip(*shares, strict=True)))
+    else:
+        found = [share_of(looking, group, roles) for group, roles in shares]
+    seconds = time.perf_counter() - began
     (args.out / "profiles").mkdir(parents=True, exist_ok=True)
     report = {}
-    for name, floor in {**FLOORS, **BETWEEN}.items():
-        began = time.perf_counter()
-        found = looking.find(floor, name)
+    for name, floor in floors.items():
+        options: dict[str, dict[str, Candidate]] = {}
+        for (group, roles), (candidates, _) in zip(shares, found, strict=True):
+            options.setdefault(roles, {})[group] = candidates[name]
+        tried = sum(counts[name] for _, counts in found)
+        one = looking.settle(floor, name, options, tried)
         report[name] = {
             "floor": floor.model_dump(exclude_none=True),
-            "cost": found.cost,
-            "measured": {g: {k: v.model_dump() for k, v in one.items()} for g, one in found.measured.items()},
-            "evaluations": found.evaluations,
-            "seconds": round(time.perf_counter() - began, 1),
-            "roles": found.profile.roles.explicit,
+            "cost": one.cost,
+            "measured": {g: {k: v.model_dump() for k, v in row.items()} for g, row in one.measured.items()},
+            "evaluations": tried,
+            "seconds": round(seconds / len(floors), 1),
+            "roles": one.profile.roles.explicit,
         }
-        write_text(args.out / "profiles" / f"{name}.toml", profile_toml(found.profile))
-        worst = {g: round(one["ssim"].mean, 3) for g, one in found.measured.items()}
-        cost = {g: round(value, 3) for g, value in found.cost.items()}
-        print(f"{name}: FLOPs {cost}, SSIM {worst}, {found.evaluations} evaluations", flush=True)
+        write_text(args.out / "profiles" / f"{name}.toml", profile_toml(one.profile, demo.sha256))
+        keys = ("ssim", "accuracy")
+        kept = {g: " ".join(f"{key} {row[key].mean:.3f}" for key in keys) for g, row in one.measured.items()}
+        print(
+            f"{name}: FLOPs { ({g: round(v, 3) for g, v in one.cost.items()}) }, {kept}, {tried} prunings", flush=True
+        )
     write_text(args.out / "search.json", json.dumps(report, indent=1))
+
+
+def searcher(demo: Demo, calibration: Calibration, args: argparse.Namespace) -> Search:
+    searched, held_out = split_pictures(demo.prompts, [SEARCH_SEED + i for i in range(args.seeds)])
+    return Search(demo.backbone, calibration, searched, held_out, demo.condition, demo.judge, batch_size=args.batch)
+
+
+def search_share(args: argparse.Namespace, group: str, roles: str) -> tuple[dict[str, Candidate], dict[str, int]]:
+    """In a process of its own."""
+    demo = load_demo(args)
+    return share_of(searcher(demo, measured(demo, args), args), group, roles)
+
+
+def share_of(looking: Search, group: str, roles: str) -> tuple[dict[str, Candidate], dict[str, int]]:
+    """The fastest of one class with these roles above each floor, and how many prunings each took."""
+    candidates, counts = {}, {}
+    for name, floor in {**FLOORS, **BETWEEN}.items():
+        before = looking.evaluations
+        candidates[name] = looking.fastest(group, roles, floor)
+        counts[name] = looking.evaluations - before
+    return candidates, counts
 
 
 def measured(demo: Demo, args: argparse.Namespace) -> Calibration:
@@ -344,9 +369,10 @@ def measured(demo: Demo, args: argparse.Namespace) -> Calibration:
     )
 
 
-def profile_toml(profile: Profile) -> str:
+def profile_toml(profile: Profile, checkpoint_sha256: str) -> str:
     """A found profile as the TOML that a person would write."""
     lines = [
+        f"# Found by `python -m benchmarks.evidence search` for checkpoint {checkpoint_sha256[:12]}.",
         f'schema = "{profile.schema_version}"',
         f'name = "{profile.name}"',
         f'description = "{profile.description}"',
@@ -1014,6 +1040,13 @@ def normalisations_of(found: dict[str, Any], table: Table) -> Iterator[ev.Normal
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def load_demo(args: argparse.Namespace) -> Demo:
+    """The model, in fp32 throughout: pictures of a GPU shall be those of a CPU."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return {"class": class_demo, "text": text_demo}[args.demo](args.weights, torch.device(args.device))
+
+
 def part_of(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     return int(index), int(count)
@@ -1041,13 +1074,10 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="of latency")
     parser.add_argument("--threads", type=int, default=2, help="of latency")
     parser.add_argument("--part", type=part_of, default=(0, 1), metavar="I/N")
-    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="processes of search")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
-    demo = {"class": class_demo, "text": text_demo}[args.demo](args.weights, torch.device(args.device))
-    steps[args.step](demo, args)
+    steps[args.step](load_demo(args), args)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def small_demo(kind):
 def arguments(folder, **changes):
     values = {
         "out": folder, "device": "cpu", "pictures": 2, "batch": 2, "seeds": 1, "repeat": 1, "threads": 1, "part": (0, 1),
-        "verbose": False, "output": folder / "e.json",
+        "workers": 1, "output": folder / "e.json",
     }  # fmt: skip
     return argparse.Namespace(**{**values, **changes})
 
@@ -125,7 +125,7 @@ def test_a_found_profile_reads_as_it_was(tmp_path):
             "texture": ClassOptions(depth=Depth(grid=16), tokens=Tokens(keep={"16x16": 0.3, "24x24": 0.3})),
         },
     )
-    assert parse_profile(harness.profile_toml(profile)) == profile
+    assert parse_profile(harness.profile_toml(profile, "c" * 64)) == profile
     assert a_calibration().classes.keys() == profile.classes.keys()
 
 

@@ -124,7 +124,7 @@ def test_mistakes_are_named(var, measured):
 
 def test_a_candidate_becomes_the_plan_it_was_measured_as(var, measured, few):
     looking = search(var, measured)
-    roles = looking._roles()[-1]
+    roles = looking.roles()[-1]
     assert roles == "gddd"
     one = looking._candidate(4, 3, 0.5, roles)
     chosen = {"a": one, "b": looking._candidate(5, None, 1.0, roles)}

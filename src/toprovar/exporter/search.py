@@ -33,7 +33,7 @@ from toprovar.profiles.noise import scale_noise
 from toprovar.profiles.profile import SCHEMA, ClassOptions, Depth, Profile, QualityFloor, Roles, Tokens
 from toprovar.profiles.statistics import bootstrap, exact_mean
 
-__all__ = ["Found", "Judge", "Picture", "Search", "split_pictures"]
+__all__ = ["Candidate", "Found", "Judge", "Picture", "Search", "split_pictures"]
 
 FRACTIONS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 """Kept fractions that are tried, by bisection: more tokens are taken to be no worse."""
@@ -77,7 +77,7 @@ def _ordered(pictures: Iterable[Picture]) -> list[Picture]:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     """A pruning of one prompt class; `cost` FLOPs per picture."""
 
     run: int
@@ -156,13 +156,26 @@ class Search:
         Raises:
             InputError: a floor without any figure, or of accuracy without a judge.
         """
-        if floor == QualityFloor():
-            raise InputError("search: the floor is empty; give one like ssim=0.9")
-        if floor.accuracy is not None and self.judge is None:
-            raise InputError("search: a floor of accuracy needs a judge of the pictures, which this model has none of")
         before = self.evaluations
-        classes = list(self.calibration.classes)
-        options = {roles: {one: self._fastest(one, roles, floor) for one in classes} for roles in self._roles()}
+        options = {
+            roles: {one: self.fastest(one, roles, floor) for one in self.calibration.classes} for roles in self.roles()
+        }
+        return self.settle(floor, name, options, self.evaluations - before, description)
+
+    def settle(
+        self,
+        floor: QualityFloor,
+        name: str,
+        options: Mapping[str, Mapping[str, Candidate]],
+        evaluations: int,
+        description: str = "",
+    ) -> Found:
+        """The second half of `find`: which roles, from the fastest candidate of every class for each of them.
+
+        Args:
+            options: roles -> prompt class -> what `fastest` gives, which may have been found by several processes.
+            evaluations: how many prunings they tried.
+        """
         # All classes count alike: how often each is asked for is not known.
         roles = min(options, key=lambda some: (sum(one.cost for one in options[some].values()), some))
         chosen = options[roles]
@@ -174,11 +187,11 @@ class Search:
             measured[one]["psnr_db"] = bootstrap(figures["mse"], _psnr_db)
             cost[one] = candidate.cost / dense
         profile = self._profile(floor, name, description, roles, chosen)
-        return Found(profile, measured, cost, self.evaluations - before)
+        return Found(profile, measured, cost, evaluations)
 
     # -- candidates ---------------------------------------------------------------------------------------------
 
-    def _roles(self) -> list[str]:
+    def roles(self) -> list[str]:
         """Role strings to try, fewest detail layers first: the layers of the most even entropy maps stay global."""
         depth = self.model.depth
         order = sorted(range(1, depth), key=lambda layer: (role_scores(self.calibration, Roles()).ratio[layer], layer))
@@ -188,46 +201,55 @@ class Search:
             found.append("".join("d" if layer in detail else "g" for layer in range(depth)))
         return list(dict.fromkeys(found))
 
-    def _fastest(self, prompt_class: str, roles: str, floor: QualityFloor) -> _Candidate:
-        """The cheapest candidate above the floor on both sets; the dense model is always one."""
+    def fastest(self, prompt_class: str, roles: str, floor: QualityFloor) -> Candidate:
+        """The cheapest candidate above the floor on both sets; the dense model is always one.
+
+        Raises:
+            InputError: a floor without any figure, or of accuracy without a judge.
+        """
+        if floor == QualityFloor():
+            raise InputError("search: the floor is empty; give one like ssim=0.9")
+        if floor.accuracy is not None and self.judge is None:
+            raise InputError("search: a floor of accuracy needs a judge of the pictures, which this model has none of")
         scales = len(self.model.grids)
-        passing: list[_Candidate] = []
+        best = self._candidate(scales, None, 1.0, roles)
         for run in range(2, scales + 1):
             whole = self._candidate(run, None, 1.0, roles)
-            best = min((one.cost for one in passing), default=math.inf)
+            openings = self._openings(run)
             cheapest = min(
-                (self._candidate(run, opening, FRACTIONS[0], roles).cost for opening in self._openings(run)),
-                default=whole.cost,
+                (self._candidate(run, one, FRACTIONS[0], roles).cost for one in openings), default=whole.cost
             )
-            # Pruning is taken to improve nothing: where the scales alone fall below the floor, so does every pruning of them.
-            if min(cheapest, whole.cost) >= best or not self._passes(whole, prompt_class, roles, floor):
+            if min(cheapest, whole.cost) >= best.cost:
                 continue
-            passing.append(whole)
-            for opening in self._openings(run):
-                candidates = [self._candidate(run, opening, fraction, roles) for fraction in FRACTIONS]
-                least = self._bisect(candidates, prompt_class, roles, floor)
-                passing += candidates[least:]
-        for candidate in sorted(passing, key=lambda one: one.key):
-            if self._passes(candidate, prompt_class, roles, floor) and self._passes(
-                candidate, prompt_class, roles, floor, held_out=True
-            ):
-                return candidate
-        return self._candidate(scales, None, 1.0, roles)
+            # Pruning is taken to improve nothing: where the scales alone fall below the floor, so does every pruning of them.
+            if not self._passes(whole, prompt_class, roles, floor):
+                continue
+            ladders = [
+                [self._candidate(run, opening, fraction, roles) for fraction in FRACTIONS] for opening in openings
+            ]
+            for candidates in [[whole], *ladders]:
+                affordable = [one for one in candidates if one.key < best.key]
+                least = self._bisect(affordable, prompt_class, roles, floor)
+                for one in affordable[least:]:
+                    if self._passes(one, prompt_class, roles, floor, held_out=True):
+                        best = one
+                        break
+        return best
 
     def _openings(self, run: int) -> list[int]:
         first = max(1, run - PRUNED_SCALES)
         return [scale for scale in range(first, run) if self.model.tokens[scale] >= LEAST_GRID**2]
 
-    def _candidate(self, run: int, opening: int | None, fraction: float, roles: str) -> _Candidate:
+    def _candidate(self, run: int, opening: int | None, fraction: float, roles: str) -> Candidate:
         tokens = Tokens(keep={} if opening is None else self._keep(run, opening, fraction))
         keep = kept_tokens(self.model, tokens, run, opening, 1.0, "search")
         cost = plan_flops(self.model, roles if opening is not None else "g" * len(roles), keep).total
-        return _Candidate(run, opening, fraction, keep, cost)
+        return Candidate(run, opening, fraction, keep, cost)
 
     def _keep(self, run: int, opening: int, fraction: float) -> dict[str, float]:
         return {"x".join(map(str, self.model.grids[scale])): fraction for scale in range(opening, run)}
 
-    def _bisect(self, candidates: Sequence[_Candidate], prompt_class: str, roles: str, floor: QualityFloor) -> int:
+    def _bisect(self, candidates: Sequence[Candidate], prompt_class: str, roles: str, floor: QualityFloor) -> int:
         """Index of the first candidate that passes on the searched pictures; their number where none does."""
         low, high = 0, len(candidates)
         while low < high:
@@ -240,7 +262,7 @@ class Search:
 
     # -- figures ------------------------------------------------------------------------------------------------
 
-    def _pruning(self, one: _Candidate, roles: str) -> Pruning:
+    def _pruning(self, one: Candidate, roles: str) -> Pruning:
         pruned = one.opening is not None
         return Pruning(
             roles=roles if pruned else "g" * len(roles),
@@ -250,7 +272,7 @@ class Search:
         )
 
     def _passes(
-        self, one: _Candidate, prompt_class: str, roles: str, floor: QualityFloor, held_out: bool = False
+        self, one: Candidate, prompt_class: str, roles: str, floor: QualityFloor, held_out: bool = False
     ) -> bool:
         if one.opening is None and one.run == len(self.model.grids):
             return True  # the dense model itself
@@ -313,7 +335,7 @@ class Search:
     # -- the profile --------------------------------------------------------------------------------------------
 
     def _profile(
-        self, floor: QualityFloor, name: str, description: str, roles: str, chosen: Mapping[str, _Candidate]
+        self, floor: QualityFloor, name: str, description: str, roles: str, chosen: Mapping[str, Candidate]
     ) -> Profile:
         scales = len(self.model.grids)
         classes = {}

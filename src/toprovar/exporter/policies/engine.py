@@ -8,6 +8,7 @@ picture (`adaptive`) run one picture at a time, as their original codes do.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -221,7 +222,7 @@ def run_policy(
         started = clock()
         state.scale = scale
         policy.before(state)
-        constants = dict(backbone.scale_constants(scale))
+        constants = dict(_constants(backbone, scale, None))
         if state.rows != "both":  # guidance of one kind of row is those rows' own logits; the temperature stays
             constants["guidance"] = constants["guidance"].sum(0, keepdim=True)
         state.keep(backbone.spec.tokens[scale])
@@ -235,7 +236,7 @@ def run_policy(
         state.tokens[scale], state.codes_after[scale] = tokens, state.codes
         scale = policy.following(state)
         if scale is not None:
-            onward = constants if scale == state.scale + 1 else backbone.scale_constants(state.scale, scale)
+            onward = constants if scale == state.scale + 1 else _constants(backbone, state.scale, scale)
             x = backbone.next_input(state.codes, onward)
             state.x = x if state.rows == "both" else x[:, : len(seeds)]
         seconds[state.scale] = clock() - started
@@ -251,6 +252,18 @@ def run_policy(
         conditioning,
         seconds,
     )
+
+
+_KNOWN: weakref.WeakKeyDictionary[Backbone, dict[tuple[Any, ...], Constants]] = weakref.WeakKeyDictionary()
+
+
+def _constants(backbone: Backbone, scale: int, following: int | None) -> Constants:
+    """`Backbone.scale_constants`, made once: a runtime has them in its bundle."""
+    known = _KNOWN.setdefault(backbone, {})
+    key = (scale, following, backbone.sampling)
+    if key not in known:
+        known[key] = backbone.scale_constants(scale, following)
+    return known[key]
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
