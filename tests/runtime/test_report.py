@@ -173,7 +173,7 @@ def test_it_says_where_ours_is_beaten(view: View) -> None:
     assert "Beaten: Last scale dropped is better in SSIM on texture prompts, by 0.030." in said
     assert "better by more than the interval in 1, equal within it in 1, worse in 1; in 1 no policy" in said
     rivals = next(section for section in sections(view) if section.key == "rivals")
-    assert any("Last scale dropped beats ours on texture prompts in SSIM." in line for line in rivals.findings)
+    assert any("Last scale dropped beats ours in SSIM on texture prompts." in line for line in rivals.findings)
 
 
 def test_a_policy_behind_the_front_is_named(view: View) -> None:

@@ -249,12 +249,19 @@ def rivals(view: View) -> Section | None:
             "is within the {interval} and counts as equal.",
         ),
         block,
-        tuple(
-            f"{view.evidence.policy(one.rival).title} beats ours on {class_name(one.prompt_class)} "
-            f"in {METRICS[one.metric].title}." + (f" {one.reason}" if one.reason else "")
-            for one in view.beaten()
-        ),
+        _lost(view),
         (Table(columns, tuple(rows), "Every comparison", folded=True),),
+    )
+
+
+def _lost(view: View) -> tuple[str, ...]:
+    """Who beats ours by more than the interval, a sentence per rival and figure of quality."""
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    for one in view.beaten():
+        groups.setdefault((one.rival, one.metric, one.reason), []).append(one.prompt_class)
+    return tuple(
+        f"{view.evidence.policy(rival).title} beats ours in {METRICS[metric].title} on {_where(view, where)}. {reason}".rstrip()
+        for (rival, metric, reason), where in groups.items()
     )
 
 
