@@ -318,11 +318,18 @@ def main() -> None:
                     flush=True,
                 )
                 del engine
+                save(report, arguments.out)
         del backbone
         torch.cuda.empty_cache()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "infinity.json").write_text(json.dumps(report, indent=1) + "\n")
-    (arguments.out / "infinity.md").write_text(markdown(report))
+
+
+def save(report: dict[str, Any], folder: Path) -> None:
+    """Writes what is measured so far, JSON and Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in (("infinity.json", json.dumps(report, indent=1) + "\n"), ("infinity.md", markdown(report))):
+        beside = folder / f".{name}"
+        beside.write_text(text)
+        beside.replace(folder / name)
 
 
 def markdown(report: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def _thin_linear(
     for start in tl.range(0, length, BLOCK_K, num_stages=STAGES):
         w = tl.load(weights[:, None] + start + k[None, :])
         x = tl.load(X + m[None, :] * K + first + start + k[:, None], mask=(m < M)[None, :], other=0.0)
-        total = tl.dot(w, x, total)
+        total = tl.dot(w, x, total, input_precision="ieee")  # of fp32, in tests
     if OVERLAP:
         gdc_launch_dependents()
     y = Y + tl.program_id(1) * M * N + m[None, :] * N + n[:, None]
