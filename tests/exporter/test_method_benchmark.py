@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from benchmarks.method import BLOCK, Scores, recurrences
+from benchmarks.method import BLOCK, Scores, fill, recurrences
 
 from toprovar.kernels import entropy_attention
 
@@ -28,3 +31,10 @@ def test_scores_are_those_of_the_op() -> None:
     logits = torch.einsum("nrhd,lrhd->rhnl", seen_q.double(), keys.double()) * scale
     assert found is not None
     assert recurrences(logits)[0].float().numpy() == pytest.approx(found.numpy(), abs=1e-5)
+
+
+def test_the_page_says_what_was_measured() -> None:
+    root = Path(__file__).parents[2]
+    documents = [json.loads(path.read_text()) for path in sorted((root / "benchmarks/results").glob("method-*.json"))]
+    text = (root / "docs/method.md").read_text()
+    assert text.count("<!-- measured ") == 10 and fill(text, documents) == text
