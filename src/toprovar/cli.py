@@ -127,6 +127,7 @@ LabelsOption = Annotated[
 CfgOption = Annotated[float | None, typer.Option("--cfg", help="Strength of classifier-free guidance.")]
 TopKOption = Annotated[int | None, typer.Option("--top-k", help="Logits that can be drawn; 0: all; 1: greedy.")]
 TopPOption = Annotated[float | None, typer.Option("--top-p", help="Probability that can be drawn; 0: all.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="What logits are divided by.")]
 PerClassOption = Annotated[
     int | None, typer.Option(help="Labels or prompts of each class to calibrate with. Default: 4 labels, all prompts.")
 ]
@@ -165,6 +166,7 @@ def export(
     cfg: CfgOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    temperature: TemperatureOption = None,
     per_class: PerClassOption = None,
     seeds: SeedsOption = 2,
     seed: Annotated[int, typer.Option(help="Of the golden trace.")] = 0,
@@ -186,7 +188,7 @@ def export(
             drop_scales=drop_scales,
             targets=tuple(target or ("onnxruntime",)),
             precision=precision,
-            sampling=SamplingWish(cfg, top_k, top_p),
+            sampling=SamplingWish(cfg, top_k, top_p, temperature),
             per_class=per_class,
             seeds=range(seeds),
             golden_seed=seed,
@@ -217,6 +219,7 @@ def calibrate(
     cfg: CfgOption = None,
     top_k: TopKOption = None,
     top_p: TopPOption = None,
+    temperature: TemperatureOption = None,
     per_class: PerClassOption = None,
     seeds: SeedsOption = 2,
     batch_size: BatchOption = 4,
@@ -233,7 +236,7 @@ def calibrate(
         build.calibrate_source(
             source,
             prompts=prompts,
-            sampling=SamplingWish(cfg, top_k, top_p),
+            sampling=SamplingWish(cfg, top_k, top_p, temperature),
             per_class=per_class,
             seeds=range(seeds),
             batch_size=batch_size,

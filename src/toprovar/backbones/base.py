@@ -96,6 +96,9 @@ class Sampling:
             raise InputError(f"sampling: top_k is {self.top_k}; give a count of logits to keep, or 0 for no filter")
         if not 0.0 <= self.top_p <= 1.0:
             raise InputError(f"sampling: top_p is {self.top_p}; give a probability in [0, 1], 0 for no filter")
+        given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
+        if not all(value > 0 for value in given):
+            raise InputError(f"sampling: temperature is {self.temperature}; give numbers above 0; top_k 1 is greedy")
 
     def at(self, name: Literal["guidance", "temperature"], scale: int) -> float:
         """The value of `guidance` or `temperature` at a scale; a list that is too short repeats its last value."""

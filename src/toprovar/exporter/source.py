@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -48,14 +48,12 @@ class SamplingWish:
     guidance: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    temperature: float | None = None
 
     def over(self, other: SamplingWish) -> SamplingWish:
         """This wish, and the other one where this has none."""
-        return SamplingWish(
-            other.guidance if self.guidance is None else self.guidance,
-            other.top_k if self.top_k is None else self.top_k,
-            other.top_p if self.top_p is None else self.top_p,
-        )
+        mine = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(other, **mine)
 
 
 @dataclass(frozen=True)
