@@ -50,7 +50,7 @@ def _phase_weights(weight: Tensor) -> Tensor:
 
 
 class FusedDecoder:
-    """`BsqVae.forward` with fused kernels; its widths must be powers of two.
+    """`BsqVae.decode` with fused kernels, or plain where a width of the decoder is no power of two.
 
     Args:
         vae: on a CUDA device; its decoder is cast in place.
@@ -68,6 +68,8 @@ class FusedDecoder:
             )
             for level in cast("Sequence[_Level]", vae.decoder.up)
         ]
+        widths = [module.num_channels for module in vae.decoder.modules() if isinstance(module, nn.GroupNorm)]
+        self._fused = all(width & (width - 1) == 0 for width in widths)
         self.decoder = vae.decoder.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _block(self, x: Tensor, block: nn.Module) -> Tensor:
@@ -83,7 +85,10 @@ class FusedDecoder:
     def __call__(self, codes: Tensor) -> Tensor:
         """Codes ``[B, d, h, w]`` -> RGB ``[B, 3, height, width]`` fp32 in [0, 1]."""
         with torch.backends.cudnn.flags(enabled=True, benchmark=True):  # the fastest algorithm, not the first
-            return self._decode(codes)
+            if self._fused:
+                return self._decode(codes)
+            image = self.decoder(codes.to(self.dtype, memory_format=torch.channels_last))
+            return cast(Tensor, image).float().clamp(-1, 1) * 0.5 + 0.5
 
     def _decode(self, codes: Tensor) -> Tensor:
         decoder = self.decoder
