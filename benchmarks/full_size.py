@@ -30,6 +30,8 @@ from toprovar.backbones.schedules import schedule
 from toprovar.runtime.machine import describe_machine
 
 TEXT_TOKENS, RESOLUTION = 64, "1M"
+BATCH_SIZE = {"8b": 2}
+"""Pictures at once in calibration, where the command's own 4 are too many for 80 GB."""
 HEADER = ("step", "seconds", "peak of the host, GiB", "peak of the GPU, GiB", "size on disk, GiB")
 
 
@@ -94,7 +96,8 @@ def run(name: str, folder: Path, prompts: int, device: str) -> list[dict[str, An
     model += ["--checkpoint", folder / f"{name}.safetensors", "--vae", folder / f"{name}-vae.safetensors"]
     model += ["--features", folder / "features.npz", "--text-tokens", TEXT_TOKENS, "--resolution", RESOLUTION]
     calibration, bundle = folder / f"{name}.json", folder / f"{name}.bundle"
-    options = ["--prompts", folder / "prompts.txt", "--seeds", 1, "-o", calibration, "--force"]
+    options = ["--prompts", folder / "prompts.txt", "--seeds", 1, "--batch-size", BATCH_SIZE.get(name, 4)]
+    options += ["-o", calibration, "--force"]
     step(f"calibrate on {prompts} prompts", measured("calibrate", *model, *options))
     options = ["--calibration", calibration, "--profile", "fast", "--precision", "fp16", "-o", bundle, "--force"]
     taken = measured("export", *model, *options)
