@@ -53,7 +53,7 @@ SIZES = {
     ),
 }
 ORIGINAL_S = {"2b": 1.16, "8b": 1.74}
-"""Seconds per image of the original code on the same kind of GPU, median of 13 runs."""
+"""Seconds per image of the original code on an H100, median of 13 runs."""
 FASTVAR_S = {"2b": 0.80}
 CLASSES = ("object", "texture")
 """Prompt classes of the calibration: of the first, `fast` leaves out two scales, of the second none."""
@@ -354,7 +354,7 @@ def markdown(report: dict[str, Any]) -> str:
         )
     originals = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in ORIGINAL_S.items())
     fastvar = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in FASTVAR_S.items())
-    lines += ["", f"On the same kind of GPU, batch 1: original code {originals}; FastVAR's own code {fastvar}.", ""]
+    lines += ["", f"On an H100, batch 1: original code {originals}; FastVAR's own code {fastvar}.", ""]
     return "\n".join(lines)
 
 
