@@ -112,8 +112,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.double(), b.double()
     shift = (a.mean(0) - b.mean(0)).square().sum()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return float(shift + torch.trace(cov_a) + torch.trace(cov_b) - 2 * cross)
+    a, b = ((part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (a, b))
+    # The eigenvalues of cov(a) cov(b) are the squared singular values of a b', so no root of a singular matrix is taken.
+    cross = torch.linalg.svdvals(a @ b.T).sum()
+    return float(shift + a.square().sum() + b.square().sum() - 2 * cross)
