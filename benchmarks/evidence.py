@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from toprovar import backbones
-from toprovar.backbones.base import Backbone, Constants, Prefix, Sampling
+from toprovar.backbones.base import Backbone, Constants, Prefix
 from toprovar.backbones.generate import Trace, generate
 from toprovar.demo import embedded, embedded_text
 from toprovar.demo.accuracy import Accuracy, caption_accuracy, label_accuracy
@@ -57,7 +57,7 @@ from toprovar.exporter.policies.engine import Outcome, Policy, State, run_policy
 from toprovar.exporter.policies.ours import Choice, Planned, head_temperatures, token_scores
 from toprovar.exporter.quality import code_error, equal_share, mean_squared_error, ssim
 from toprovar.exporter.search import Candidate, Picture, Search, split_pictures
-from toprovar.exporter.source import Source, named_profile
+from toprovar.exporter.source import SamplingWish, Source, named_profile
 from toprovar.profiles import evidence as ev
 from toprovar.profiles.calibration import Calibration, load_calibration
 from toprovar.profiles.files import write_text
@@ -120,12 +120,17 @@ class Demo:
         return self.accuracy(images, [picture.prompt for picture in pictures])
 
 
+def as_embedded(model: Backbone, wish: SamplingWish) -> Backbone:
+    """The model with the sampling that its demo wishes."""
+    given = {name: value for name, value in dataclasses.asdict(wish).items() if value is not None}
+    model.sampling = dataclasses.replace(model.sampling, **given)
+    return model
+
+
 def class_demo(weights: Path, device: torch.device) -> Demo:
     """The class-conditional demo; every class is held out by its seeds."""
     files = [weights / "var.safetensors", weights / "vae.safetensors"]
-    wish = embedded.SAMPLING
-    sampling = Sampling(wish.guidance or 1.0, top_k=wish.top_k or 0, top_p=wish.top_p or 0.0)
-    model = backbones.load("var", *files, sampling=sampling, device=device)
+    model = as_embedded(backbones.load("var", *files, device=device), embedded.SAMPLING)
     labels = {group: [CLASSES.index(name) for name in names] for group, names in PROMPT_CLASSES.items()}
 
     return Demo(
@@ -148,11 +153,8 @@ def class_demo(weights: Path, device: torch.device) -> Demo:
 def text_demo(weights: Path, device: torch.device) -> Demo:
     """The text-conditional demo; prompts are held out by their text."""
     files = embedded_text.TextDemo(weights)
-    wish = embedded_text.SAMPLING
-    sampling = Sampling(wish.guidance or 1.0, top_k=wish.top_k or 0, top_p=wish.top_p or 0.0)
-    model = backbones.load(
-        "infinity", files.checkpoint, files.vae, resolution=embedded_text.RESOLUTION, sampling=sampling, device=device
-    )
+    loaded = backbones.load("infinity", files.checkpoint, files.vae, resolution=embedded_text.RESOLUTION, device=device)
+    model = as_embedded(loaded, embedded_text.SAMPLING)
     encoder = load_word_encoder(files.word_encoder, device=device)
     calibration: dict[str, list[int | str]] = {}
     for prompt in embedded.calibration_prompts(per_class=12):
