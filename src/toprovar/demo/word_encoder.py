@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from toprovar.backbones.checkpoint import block_count, load_strict, read_state_dict, shape_of
 from toprovar.backbones.text import TextEncoder
-from toprovar.demo.captions import MAX_WORDS, WORD_IDS
+from toprovar.demo.captions import COLOURS, COUNTS, MAX_WORDS, SHAPES, WORD_IDS
 from toprovar.errors import CheckpointError
 from toprovar.profiles.files import pretty_json
 from toprovar.profiles.tokenizer import WordTokenizer
@@ -28,7 +28,20 @@ _HEAD_DIM = 32
 _MASKED = -3.0e4  # finite, so that fp16 holds it
 
 
-TOKENIZER = WordTokenizer(words=WORD_IDS, maximum_tokens=MAX_WORDS)
+_PARTS = {
+    "a count": COUNTS,
+    "a colour": COLOURS,
+    "a shape": SHAPES,
+    "'on'": ("on",),
+    "the floor's colour": COLOURS,
+    "'floor'": ("floor",),
+}
+TOKENIZER = WordTokenizer(
+    words=WORD_IDS,
+    maximum_tokens=MAX_WORDS,
+    form={part: tuple(WORD_IDS[word] for word in words) for part, words in _PARTS.items()},
+)
+"""The words of captions. A prompt that leaves a part out is refused: the model never saw one, and draws a smear."""
 
 
 class _Layer(nn.Module):

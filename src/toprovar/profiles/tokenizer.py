@@ -47,6 +47,8 @@ class WordTokenizer(Strict):
     """Word -> id, from 1; 0 is padding. Synonyms share an id."""
     maximum_tokens: int = Field(ge=1)
     """Longest prompt, in words."""
+    form: dict[str, tuple[int, ...]] = Field(default_factory=dict)
+    """What every prompt names, in this order and with other words between: a part -> the ids that say it."""
 
     def __call__(self, prompts: Sequence[str]) -> tuple[Array, Array]:
         rows = []
@@ -58,6 +60,9 @@ class WordTokenizer(Strict):
             if not 1 <= len(words) <= self.maximum_tokens:
                 raise InputError(f"{what}: {len(words)} words; the model takes 1 to {self.maximum_tokens}")
             rows.append([self.words[word] for word in words])
+            rest = iter(rows[-1])
+            if not all(any(word in says for word in rest) for says in self.form.values()):
+                raise InputError(f"{what} {text[:60]!r} does not name, in this order, {', '.join(self.form)}")
         return _padded(rows)
 
 
