@@ -1,4 +1,4 @@
-"""Train the demo's judge on drawn pictures: `python tools/train_classifier.py [--scenes] --minutes 0.5 --out DIR`.
+"""Train the demo's judge on drawn pictures: `python tools/train_classifier.py [--scenes] --minutes 0.3 --out DIR`.
 
 With --scenes it learns the six heads of a captioned scene instead of the twelve classes. Held-out pictures (seeds no
 training run uses) decide the reported accuracy, clean and degraded: blurred and noised as generated pictures may be.
@@ -61,7 +61,7 @@ def degrade(pictures: Tensor, generator: torch.Generator) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--minutes", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
     parser.add_argument("--batch", type=int, default=192)
     parser.add_argument("--scenes", action="store_true")

@@ -7,7 +7,7 @@
 # trains on all GPUs. What is finished in OUT is not repeated; an unfinished VQVAE or VAR goes on from its checkpoint, and
 # a finished one (delete its .json) goes on where more minutes are given than it had.
 set -euo pipefail
-out=$(realpath -m "$1") vqvae_minutes=${2:-3.4} var_minutes=${3:-4}
+out=$(realpath -m "$1") vqvae_minutes=${2:-3.4} var_minutes=${3:-13.6}
 cd "$(dirname "$0")"
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=8
@@ -21,7 +21,7 @@ beside() { # what needs no VQVAE: the judges, and the VAR's kernels in the compi
         echo "no graph" >"$out/plain"
     for judge in classifier perceptual; do
         [ -f "$out/$judge.json" ] ||
-            python3 train_$judge.py --minutes 0.3 --out "$out" >"$out/$judge.log" 2>&1 || echo "$judge failed"
+            python3 train_$judge.py --out "$out" >"$out/$judge.log" 2>&1 || echo "$judge failed"
     done
 }
 
@@ -35,5 +35,5 @@ if [ ! -f "$out/var.json" ]; then
         "$graph" --out "$out" 2>&1 | tee -a "$out/var.log"
 fi
 CUDA_VISIBLE_DEVICES=$first python3 evaluate_demo.py --var "$out/var.safetensors" --vae "$out/vae.safetensors" \
-    --classifier "$out/classifier.safetensors" --per-class 16 --guidance 1.5 3 4.5 --top-p 0.7 0.9 --out "$out" \
+    --classifier "$out/classifier.safetensors" --per-class 16 --guidance 1.5 3 --top-p 0.5 0.7 0.9 --out "$out" \
     2>&1 | tee "$out/evaluation.log"

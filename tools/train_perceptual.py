@@ -1,4 +1,4 @@
-"""Train the net behind the perceptual distance: `python tools/train_perceptual.py --minutes 0.5 --out DIR`.
+"""Train the net behind the perceptual distance: `python tools/train_perceptual.py --minutes 1.3 --out DIR`.
 
 Half of every batch shows the twelve classes, half captioned scenes; the net names what it sees. It also tells how much
 a picture was blurred and noised, so that its features keep what a plain classifier learns to overlook.
@@ -41,7 +41,7 @@ def spoil(pictures: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=0.5)
+    parser.add_argument("--minutes", type=float, default=1.3)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--pool", type=int, default=3072, help="pictures of each kind that are ready")

@@ -1,6 +1,6 @@
 """Train the demo's class-conditional VAR on tokens of freshly drawn pictures.
 
-    torchrun --nproc-per-node 2 tools/train_var.py --vae OUT/vqvae.ckpt --minutes 4 --out OUT
+    torchrun --nproc-per-node 2 tools/train_var.py --vae OUT/vqvae.ckpt --minutes 7 --out OUT
 
 The model is `toprovar.backbones.var` itself; only the loop over its layers is written again here, around an attention
 that is block-causal without paying for a dense mask. `tests/demo/test_training.py` holds the two to the same logits.
@@ -163,7 +163,7 @@ def split_parameters(model: VAR) -> tuple[list[tuple[nn.Parameter, int]], list[n
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, help="checkpoint of train_vqvae.py")
-    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--minutes", type=float, default=13.6)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
     parser.add_argument("--batch", type=int, nargs=3, default=[32, 96, 256], help=_BATCH_HELP)
     parser.add_argument("--depth", type=int, default=10)
