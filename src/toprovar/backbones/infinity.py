@@ -537,11 +537,11 @@ class Infinity(Backbone):
 
     def bits_to_codes(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Bits `[B, N, bits]` of a scale of `grid` -> codes `[B, d, p*h, p*w]` fp32, +-1/sqrt(d)."""
-        (h, w), patch, channels = grid, self.spec.patch, self.spec.latent_channels
-        bits = tokens.to(torch.float32)
-        maps = bits.reshape(-1, h, w, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-        magnitude = channels**-0.5
-        return maps.reshape(-1, channels, h * patch, w * patch) * (2 * magnitude) - magnitude
+        magnitude = self.spec.latent_channels**-0.5
+        codes = tokens.to(torch.float32) * (2 * magnitude) - magnitude
+        # Bit 4c + 2y + x is channel c at (y, x) of the patch: just what a pixel shuffle undoes.
+        maps = codes.transpose(1, 2).unflatten(2, grid)
+        return maps if self.spec.patch == 1 else F.pixel_shuffle(maps, self.spec.patch)
 
     def bits_to_tokens(self, bits: Tensor) -> Tensor:
         """Bits of a latent grid `[B, p*h, p*w, d]` (`BitQuantizer`) -> tokens `[B, N, bits]`."""
@@ -563,9 +563,9 @@ class Infinity(Backbone):
 
     def _words(self, maps: Tensor, grid: Grid) -> Tensor:
         """`[B, d, p*h, p*w]` -> `[N, B, bits]`."""
-        (h, w), patch = grid, self.spec.patch
-        cells = maps.reshape(maps.shape[0], maps.shape[1], h, patch, w, patch)
-        return cells.permute(2, 4, 0, 1, 3, 5).reshape(h * w, maps.shape[0], self.spec.bits)
+        if self.spec.patch > 1:
+            maps = F.pixel_unshuffle(maps, self.spec.patch)
+        return maps.permute(2, 3, 0, 1).reshape(grid[0] * grid[1], maps.shape[0], self.spec.bits)
 
     def next_input(self, codes: Tensor, constants: Constants) -> Tensor:
         x = _linear(self.next_words(codes, constants), self.word_embed).float() + constants["next_position"]
