@@ -22,7 +22,7 @@ RESOLUTION = "0.25M"
 """Infinity's own schedule, 2521 tokens; with a VAE of stride 8 that is 256 x 256 pixels."""
 
 SAMPLING = SamplingWish(guidance=2.0, top_p=0.97)
-"""What evaluation of the checkpoint found best; see its model card."""
+"""What evaluation of the checkpoint found good; see MODEL_CARD_TEXT.md."""
 
 DEPTH, WIDTH, BITS, TEXT_WIDTH = 8, 256, 16, 128
 """Sizes of the transformer: layers, channels, bits a token, channels of the word encoder."""
