@@ -197,21 +197,24 @@ struct Rows {
 };
 
 // Terms p = 2^(s - m) in place of the scores, and this thread's sums of p and of p (s - m). One chain of additions per
-// query for l and two for u: then ptxas spreads them evenly between the exponentials, which set the pace (see
-// docs/log.md).
+// query for l and two for u, in a loop of their own: then ptxas, called by nvcc or by NVRTC, spreads them evenly between
+// the exponentials. Every cycle of its count shows in the time (see docs/log.md).
 __device__ __forceinline__ void exponentials(float (&s)[SCORES], const Rows& rows, float scale, float (&l)[2], float (&u)[2]) {
-    float weighted[4];
+    float centred[SCORES];
+#pragma unroll
+    for (int i = 0; i < SCORES; i++) {
+        centred[i] = fmaf(s[i], scale, -rows.m[i / 2 % 2]);
+        s[i] = exp2_fast(centred[i]);
+    }
 #pragma unroll
     for (int i = 0; i < SCORES; i++) {
         const int r = i / 2 % 2;
-        const float centred = fmaf(s[i], scale, -rows.m[r]);
-        s[i] = exp2_fast(centred);
         l[r] = i < 4 && i % 2 == 0 ? s[i] : l[r] + s[i];
-#if ENTROPY
-        weighted[i % 4] = i < 4 ? s[i] * centred : fmaf(s[i], centred, weighted[i % 4]);
-#endif
     }
 #if ENTROPY
+    float weighted[4];
+#pragma unroll
+    for (int i = 0; i < SCORES; i++) weighted[i % 4] = i < 4 ? s[i] * centred[i] : fmaf(s[i], centred[i], weighted[i % 4]);
     u[0] = weighted[0] + weighted[1];
     u[1] = weighted[2] + weighted[3];
 #else
