@@ -27,6 +27,7 @@ from toprovar.runtime.report.view import (
     class_name,
     figure,
     gap,
+    listed,
     quality_line,
 )
 
@@ -96,16 +97,12 @@ def nearest_drop(view: View) -> Policy | None:
 def in_short(view: View) -> list[str]:
     """What was found, in sentences; where we lose stands among them."""
     found = []
-    name, clock = view.headline, view.cost_name(view.costs[0])
-    if name is not None and (speed := view.speed_up(name)) is not None:
-        how = "does a picture with" if view.costs[0] == FLOPS else f"makes a picture, by {clock},"
-        amount = f"{speed:.2f} times less arithmetic" if view.costs[0] == FLOPS else f"{speed:.2f} times as fast"
-        quality = quality_line(view, name)
-        found.append(f"{name.title} {how} {amount} as the dense model" + (f", at {quality}." if quality else "."))
+    if view.headline is not None:
+        found.append(f"{view.headline.title} makes a picture {_at_what_cost(view, view.headline)}.")
     if (best := nearest_drop(view)) is not None:
         found.append(
-            f"Leaving out the last scales and nothing else ({best.title}) gives {view.speed_up(best):.2f} times, at "
-            f"{quality_line(view, best)}: whatever a method gains must be seen beside this."
+            f"Leaving out the last scales and nothing else ({best.title}) makes it {_at_what_cost(view, best)}: whatever a "
+            "method gains must be seen beside this."
         )
     comparisons = view.evidence.comparisons
     if comparisons:
@@ -132,6 +129,17 @@ def in_short(view: View) -> list[str]:
         found.append(f"{len(beaten) - _BEATEN_SHOWN} more such cases are listed with the rivals.")
     found += _below_floor(view)
     return found
+
+
+def _at_what_cost(view: View, policy: Policy) -> str:
+    """How fast by every clock, on how much arithmetic, and how good."""
+    clocks = [(view.speed_up(policy, cost=cost), view.cost_name(cost)) for cost in view.costs if cost != FLOPS]
+    speeds = [f"{speed:.2f} times ({clock})" for speed, clock in clocks if speed is not None]
+    parts = [f"{listed(speeds)} as fast as the dense model"] if speeds else []
+    share, whose = 1 / (view.speed_up(policy, cost=FLOPS) or 1.0), "its" if speeds else "the dense"
+    parts.append(f"on {share:.0%} of {whose} arithmetic")
+    quality = quality_line(view, policy)
+    return ", ".join(parts) + (f", at {quality}" if quality else "")
 
 
 def _below_floor(view: View) -> list[str]:
