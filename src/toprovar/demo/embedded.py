@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["calibration_prompts", "embedded_source", "embedded_text_source"]
 
-SAMPLING = SamplingWish(guidance=1.5, top_k=600, top_p=0.9)
+SAMPLING = SamplingWish(guidance=1.5, top_k=600, top_p=0.95)
 """What evaluation of the checkpoint found best; see its model card."""
 
 GENERATED_PROMPTS = 4
