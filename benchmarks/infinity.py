@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import itertools
 import json
 import platform
 import statistics
@@ -58,6 +59,8 @@ FASTVAR_S = {"2b": 0.80}
 CLASSES = ("object", "texture")
 """Prompt classes of the calibration: of the first, `fast` leaves out two scales, of the second none."""
 
+MOST_LOGIT_DIFFERENCE = 0.25
+"""Of the logits' spread."""
 MOST_FLIPS = 0.05
 """Share of bits that bf16 may turn over between two correct ways of computing: random weights leave many near ties."""
 
@@ -131,13 +134,13 @@ def rates() -> dict[str, float]:
     return {"gemm_tflops": gemm, "attention_tflops": 4 * 4096 * 10521 * 128 * 32 / ms / 1e9}
 
 
-def floor_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, float]) -> float:
+def floor_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, Any]) -> float:
     """FLOPs of the plan at the measured rates."""
     run = range(backbone.spec.scales) if pruning.scales_run is None else pruning.scales_run
     flops = plan_flops(model_shape(backbone, TEXT_TOKENS), pruning.roles, [pruning.keep[s] for s in run])
     attention = sum(s.self_attention + s.cross_attention for s in flops.scales)
     linear = flops.total - attention
-    return images * (linear / rate["gemm_tflops"] + attention / rate["attention_tflops"]) / 1e9
+    return float(images * (linear / rate["gemm_tflops"] + attention / rate["attention_tflops"]) / 1e9)
 
 
 def measure(engine: InfinityGraphs, condition: tuple[torch.Tensor, ...], most: int) -> dict[str, Any]:
@@ -224,6 +227,35 @@ def check_bits(backbone: Infinity, pruning: Pruning) -> float:
     return different / sum(wanted.numel() for wanted in trace.tokens)
 
 
+def check(backbone: Infinity, model: str, fast: Pruning, report: dict[str, Any]) -> None:
+    """Notes how far the engine is from plain PyTorch; ends the program where that is more than bf16 explains."""
+    difference = report[f"{model}_step_difference"] = check_step(backbone)
+    print(f"{model}: logits against the plain step, largest difference / spread: {difference:.3f}", flush=True)
+    wrong = difference > MOST_LOGIT_DIFFERENCE
+    for name, pruning in (("dense", Pruning.none(backbone.spec)), ("fast", fast)):
+        share = report[f"{model}_{name}_bits_different"] = check_bits(backbone, pruning)
+        print(f"{model} {name}: {share:.2%} of the bits are drawn differently from plain PyTorch's", flush=True)
+        wrong |= share > MOST_FLIPS
+    if wrong:
+        raise SystemExit("wrong result: no speed is reported")
+
+
+def cases(backbone: Infinity, calibration: Calibration, quick: bool) -> list[tuple[str, Pruning, bool]]:
+    """Name, plan, whether as CUDA graphs; dense first, to which the others are compared."""
+
+    def carried(profile: str, prompt_class: str) -> tuple[str, Pruning, bool]:
+        plan = carried_plan(load_profile(profile), calibration, prompt_class, backbone)
+        return f"{profile}, {prompt_class}", plan, True
+
+    dense, (drops, keeps) = Pruning.none(backbone.spec), CLASSES
+    found = [("dense", dense, True), carried("fast", drops), carried("fast", keeps)]
+    if quick:
+        return found
+    found += [carried(profile, drops) for profile in SHIPPED if profile != "fast"]
+    found.append(("drop-last-two only", dataclasses.replace(dense, scales_run=tuple(range(len(dense.keep) - 2))), True))
+    return found + [(name, pruning, False) for name, pruning, _ in found[:2]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -233,9 +265,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, default=Path(__file__).parent / "results/demo-calibration.json")
     parser.add_argument("--commit", default="", help="of the code measured, where git cannot tell")
     arguments = parser.parse_args()
-    repeats = 5 if arguments.quick else 15
     calibration = load_calibration(arguments.calibration)
-    rate = rates()
     commit = arguments.commit
     if not commit:
         found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -248,79 +278,60 @@ def main() -> None:
         "commit": commit,
         "text_tokens": TEXT_TOKENS,
         "calibration_sha256": calibration.sha256,
-        **rate,
+        **rates(),
         "rows": [],
     }
     print(json.dumps({k: v for k, v in report.items() if k != "rows"}), flush=True)
-    for model in arguments.models.split(","):
+    batches = (1,) if arguments.quick else tuple(map(int, arguments.batches.split(",")))
+    for images, model in itertools.product(batches, arguments.models.split(",")):
         backbone = build(model)
-        fast = {name: carried_plan(load_profile("fast"), calibration, name, backbone) for name in CLASSES}
-        difference = check_step(backbone)
-        print(
-            f"{model}: fused step against the plain step, largest logit difference / spread: {difference:.3f}",
-            flush=True,
-        )
-        report[f"{model}_step_difference"] = difference
-        if difference > 0.25:
-            raise SystemExit("wrong result: no speed is reported")
-        for name, pruning in (("dense", Pruning.none(backbone.spec)), ("fast", fast[CLASSES[0]])):
-            share = check_bits(backbone, pruning)
-            print(f"{model} {name}: {share:.2%} of the bits are drawn differently from plain PyTorch's", flush=True)
-            report[f"{model}_{name}_bits_different"] = share
-            if share > MOST_FLIPS:
-                raise SystemExit("wrong result: no speed is reported")
-        dense = Pruning.none(backbone.spec)
-        drop_two = dataclasses.replace(dense, scales_run=tuple(range(backbone.spec.scales - 2)))
-        cases: list[tuple[str, Pruning, bool]] = [("dense", dense, True)]
-        if not arguments.quick:
-            cases += [("dense", dense, False), ("drop-last-two only", drop_two, True)]
-        for name in () if arguments.quick else SHIPPED:
-            if name != "fast":
-                pruning = carried_plan(load_profile(name), calibration, CLASSES[0], backbone)
-                cases.append((f"{name}, {CLASSES[0]}", pruning, True))
-        cases += [(f"fast, {name}", pruning, True) for name, pruning in fast.items()]
-        if not arguments.quick:
-            cases.append((f"fast, {CLASSES[0]}", fast[CLASSES[0]], False))
-        for images in (1,) if arguments.quick else tuple(map(int, arguments.batches.split(","))):
-            text = torch.randn(images, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
-            condition = (text, torch.full((images,), TEXT_TOKENS, device="cuda"))
-            base: float | None = None
-            for name, pruning, graphs in cases:
-                gc.collect()  # an engine and its stages refer to each other
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-                try:
-                    engine = InfinityGraphs(backbone, pruning, images=images, text_tokens=TEXT_TOKENS, graphs=graphs)
-                    row = measure(engine, condition, repeats)
-                except torch.cuda.OutOfMemoryError:
-                    print(f"{model} batch {images} {name}: out of memory", flush=True)
-                    continue
-                row |= {
-                    "model": model,
-                    "batch": images,
-                    "case": name,
-                    "cuda_graphs": graphs,
-                    "roles": pruning.roles,
-                    "keep": list(pruning.keep),
-                    "scales_run": len(pruning.scales_run or backbone.spec.grids),
-                    "floor_ms": floor_ms(backbone, pruning, images, rate),
-                    "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-                    "cache_gib": engine.cache.size_bytes / 2**30,
-                }
-                row["of_floor"] = row["floor_ms"] / row["transformer_ms"]
-                base = row["total_ms"] if base is None else base
-                row["speedup"] = base / row["total_ms"]
-                report["rows"].append(row)
-                print(
-                    f"{model} b{images} {name:20} graphs {graphs!s:5} total {row['total_ms']:8.1f} ms  transformer "
-                    f"{row['transformer_ms']:8.1f}  decode {row['decode_ms']:6.1f}  floor {row['floor_ms']:7.1f} "
-                    f"({row['of_floor']:.0%})  peak {row['peak_memory_gib']:.1f} GiB",
-                    flush=True,
-                )
-                del engine
-                save(report, arguments.out)
-        del backbone
+        planned = cases(backbone, calibration, arguments.quick)
+        if f"{model}_step_difference" not in report:
+            check(backbone, model, planned[1][1], report)
+        rows: list[dict[str, Any]] = []
+        for name, pruning, graphs in planned:
+            row = run_case(backbone, pruning, images, graphs, 5 if arguments.quick else 15, report)
+            if row is None:
+                print(f"{model} batch {images} {name}: out of memory", flush=True)
+                continue
+            rows.append({"model": model, "batch": images, "case": name, **row})
+            rows[-1]["speedup"] = rows[0]["total_ms"] / row["total_ms"]
+            report["rows"].append(rows[-1])
+            save(report, arguments.out)
+            print(
+                f"{model} b{images} {name:20} graphs {graphs!s:5} total {row['total_ms']:8.1f} ms  transformer "
+                f"{row['transformer_ms']:8.1f}  decode {row['decode_ms']:6.1f}  floor {row['floor_ms']:7.1f} "
+                f"({row['of_floor']:.0%})  peak {row['peak_memory_gib']:.1f} GiB",
+                flush=True,
+            )
+        del backbone, planned
         torch.cuda.empty_cache()
+
+
+def run_case(
+    backbone: Infinity, pruning: Pruning, images: int, graphs: bool, repeats: int, report: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Everything measured of one plan at one batch size; None where the memory is too small."""
+    gc.collect()  # an engine and its stages refer to each other
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    text = torch.randn(images, TEXT_TOKENS, backbone.spec.text_width, device="cuda")
+    try:
+        engine = InfinityGraphs(backbone, pruning, images=images, text_tokens=TEXT_TOKENS, graphs=graphs)
+        row = measure(engine, (text, torch.full((images,), TEXT_TOKENS, device="cuda")), repeats)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    floor = floor_ms(backbone, pruning, images, report)
+    return row | {
+        "cuda_graphs": graphs,
+        "roles": pruning.roles,
+        "keep": list(pruning.keep),
+        "scales_run": len(pruning.scales_run or backbone.spec.grids),
+        "floor_ms": floor,
+        "of_floor": floor / row["transformer_ms"],
+        "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "cache_gib": engine.cache.size_bytes / 2**30,
+    }
 
 
 def save(report: dict[str, Any], folder: Path) -> None:

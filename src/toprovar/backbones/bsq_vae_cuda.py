@@ -6,10 +6,15 @@ Here the bias of a convolution goes into what reads its output anyway: the norm 
 A 3 x 3 convolution of a picture that was doubled by repetition sees 2 x 2 different pixels; which, depends on whether the
 row and the column are even. So it is four convolutions of 2 x 2 on the small picture, 4/9 of the products, done as one
 with four times the channels.
+
+What runs through the blocks beside the convolutions grows with every one of them and overflows fp16 (a decoder was seen to
+reach 69,000). Only norms and linear maps read it, so it is carried at 1/64, a power of two, with the norms' eps to match:
+the same numbers, without the overflow.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import cast
 
@@ -49,17 +54,35 @@ def _phase_weights(weight: Tensor) -> Tensor:
     return phases.flatten(0, 2)
 
 
+_STREAM = 2.0**-6
+"""Scale of what runs beside the convolutions."""
+
+
+def _scaled(decoder: nn.Module) -> nn.Module:
+    """A copy of the decoder that carries its residual stream at `_STREAM`."""
+    decoder = copy.deepcopy(decoder)
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.GroupNorm) and not name.endswith("norm2"):  # norm2 is inside a block
+            module.eps *= _STREAM**2
+        elif isinstance(module, nn.Conv2d):
+            stem = name.rpartition(".")[2]
+            if stem in ("conv_in", "conv2"):  # what enters the stream
+                module.weight.data *= _STREAM
+            if stem in ("conv_in", "conv2", "nin_shortcut", "conv") and module.bias is not None:  # conv: of upsampling
+                module.bias.data *= _STREAM
+    return decoder
+
+
 class FusedDecoder:
     """`BsqVae.decode` with fused kernels, or plain where a width of the decoder is no power of two.
 
     Args:
-        vae: on a CUDA device; its decoder is cast in place.
+        vae: on a CUDA device; not changed.
         dtype: fp16 or bf16.
     """
 
     def __init__(self, vae: BsqVae, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
-        # From the weights as they are, before they are rounded.
         self._phases = [
             None
             if level.upsample is None
@@ -70,7 +93,8 @@ class FusedDecoder:
         ]
         widths = [module.num_channels for module in vae.decoder.modules() if isinstance(module, nn.GroupNorm)]
         self._fused = all(width & (width - 1) == 0 for width in widths)
-        self.decoder = vae.decoder.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        decoder = _scaled(vae.decoder)
+        self.decoder = decoder.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _block(self, x: Tensor, block: nn.Module) -> Tensor:
         conv1, conv2 = cast(nn.Conv2d, block.conv1), cast(nn.Conv2d, block.conv2)

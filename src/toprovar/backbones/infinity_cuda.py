@@ -1,13 +1,13 @@
 """Infinity's scale for a CUDA GPU: the arithmetic of `infinity._Block`, arranged so that every tensor is moved once.
 
-`Step` runs a block as it reads on paper: some thirty kernels a layer. Here a layer is six matrix products
-(`toprovar.kernels.linear`), two attentions and four fused kernels (`toprovar.kernels.fused`):
+`Step` runs a block as it reads on paper: some thirty kernels a layer. Here a layer is six matrix products, two attentions
+and four fused kernels (`toprovar.kernels.fused`):
 
 * a residual addition waits for the norm behind it, also across layers, and is done with it in one pass;
 * q and k are normalised and rotated, and k and v stored in the cache, straight from the QKV product;
 * bias and GELU are the epilogue of the first FFN product;
-* where rows are few, products leave the sum of their parts to the kernel behind them, and each kernel is set up, and
-  asks for its weights, while the one before it still runs.
+* where rows are few, products leave the sum of their parts to the kernel behind them (`toprovar.kernels.linear`);
+* our kernels are set up while the one before them still runs.
 
 All sizes are fixed when a `ScaleRun` is made, nothing is allocated that outlives a call but its outputs, and nothing is read
 back to the host, so a scale can be captured as one CUDA graph. The reference is `Step`; a test compares them.
@@ -29,9 +29,12 @@ from toprovar.backbones.step import Step
 from toprovar.errors import InputError
 from toprovar.kernels import entropy_attention, gather_tokens, restore_tokens, scatter_tokens, select_tokens
 from toprovar.kernels.fused import qk_norm_rope, residual_norm
-from toprovar.kernels.linear import THIN_ROWS, Products, thin_linear
+from toprovar.kernels.linear import THIN_ROWS, thin_linear
 
 __all__ = ["FusedStep", "KeyValueCache", "ScaleRun", "TextKeys", "scale_runs"]
+
+_THIN_QKV_ROWS = 16
+"""Most rows of a thin QKV product: it is wide enough for cuBLAS, which is the faster one from 32 rows on."""
 
 
 @dataclass(frozen=True)
@@ -219,14 +222,6 @@ class FusedStep:
         self.roles = roles
         self.restore = restore
         self.layers = [_Layer(block) for block in cast("Sequence[_Block]", backbone.blocks)]
-        self._products = Products(backbone.device)
-        # What each kind of product is timed with: the same matrix of several layers.
-        self._like = {
-            "qkv": [layer.qkv for layer in self.layers],
-            "proj": [layer.sa_proj.weight for layer in self.layers],
-            "fc1": [layer.fc1.weight for layer in self.layers],
-            "fc2": [layer.fc2.weight for layer in self.layers],
-        }
 
     @property
     def spans(self) -> int:
@@ -306,7 +301,7 @@ class FusedStep:
         n, rows, width = stream.x.shape
         past_k, past_v, new_k, new_v = cache.pieces(index, run, n)
 
-        product, bias = self._parts(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias, "qkv")
+        product, bias = _parts(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias, most=_THIN_QKV_ROWS)
         q = torch.empty_like(new_k)
         qk_norm_rope(
             product.unflatten(-1, (3, spec.heads, spec.head_dim)),
@@ -322,34 +317,37 @@ class FusedStep:
         attended = entropy_attention(
             q, past_k, past_v, new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
         )
-        stream.branch, stream.bias = self._branch(attended.out.view(n, rows, width), layer.sa_proj, "proj")
+        stream.branch, stream.bias = _branch(attended.out.view(n, rows, width), layer.sa_proj)
         stream.gamma = gamma1
 
         normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, dtype, affine=True)
-        q = self._whole(normed, layer.ca_q, "proj").view(n, rows, spec.heads, spec.head_dim)
+        q = F.linear(normed, layer.ca_q.weight, layer.ca_q.bias).view(n, rows, spec.heads, spec.head_dim)
         text_k, text_v = context["cross_k"][index], context["cross_v"][index]
         if padded:
             text = masked_attention(q, text_k, text_v, context["text_bias"])
         else:
             none = text_k[:0]
             text = entropy_attention(q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none").out
-        stream.branch, stream.bias = self._branch(text.reshape(n, rows, width), layer.ca_proj, "proj")
+        stream.branch, stream.bias = _branch(text.reshape(n, rows, width), layer.ca_proj)
 
-        hidden = self._whole(stream.normed(scale2, shift2, dtype), layer.fc1, "fc1", gelu=True)
-        stream.branch, stream.bias = self._branch(hidden, layer.fc2, "fc2")
+        normed = stream.normed(scale2, shift2, dtype)
+        hidden = torch._addmm_activation(
+            layer.fc1.bias, normed.view(n * rows, width), layer.fc1.weight.t(), use_gelu=True
+        )
+        stream.branch, stream.bias = _branch(hidden.view(n, rows, -1), layer.fc2)
         stream.gamma = gamma2
         return attended.entropy
 
-    def _whole(self, x: Tensor, linear: nn.Linear, kind: str, *, gelu: bool = False) -> Tensor:
-        """The product ``[n, R, N]``, with its bias and activation."""
-        return self._products(x, linear.weight, linear.bias, gelu=gelu, like=self._like[kind])
 
-    def _branch(self, x: Tensor, linear: nn.Linear, kind: str) -> tuple[Tensor, Tensor | None]:
-        return self._parts(x, linear.weight, linear.bias, kind)
+def _branch(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    return _parts(x, linear.weight, linear.bias)
 
-    def _parts(self, x: Tensor, weight: Tensor, bias: Tensor, kind: str) -> tuple[Tensor, Tensor | None]:
-        """The product, and the bias that it lacks: ``[n, R, N]`` and None, or parts ``[parts, n, R, N]`` and the bias."""
-        rows = x.shape[0] * x.shape[1]
-        if rows > THIN_ROWS or (kind == "qkv" and rows > 16):
-            return self._products(x, weight, bias, like=self._like[kind]), None
-        return thin_linear(x.flatten(0, 1), weight).unflatten(1, x.shape[:2]), bias
+
+def _parts(x: Tensor, weight: Tensor, bias: Tensor, most: int = THIN_ROWS) -> tuple[Tensor, Tensor | None]:
+    """The product, and the bias that it lacks: ``[n, R, N]`` and None, or parts ``[parts, n, R, N]`` and the bias.
+
+    Up to `most` rows are a thin product.
+    """
+    if x.shape[0] * x.shape[1] > most:
+        return F.linear(x, weight, bias), None
+    return thin_linear(x.flatten(0, 1), weight).unflatten(1, x.shape[:2]), bias

@@ -308,7 +308,7 @@ def _group_statistics(
     mean = tl.sum(tl.reshape(of_channel, [GROUPS, width]), 1) / width
     spread = tl.reshape(tl.broadcast_to(mean[:, None], [GROUPS, width]), [C])
     d = of_channel - spread
-    m2 = tl.sum(squares, 0) - count * shift * shift + count * d * d
+    m2 = tl.maximum(tl.sum(squares, 0) - count * shift * shift, 0.0) + count * d * d
     g = tl.arange(0, GROUPS)
     out = PARTIAL + ((b * tl.num_programs(1) + part) * 3) * GROUPS
     tl.store(out + g, mean)
