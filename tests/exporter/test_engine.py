@@ -104,7 +104,7 @@ def test_shapes_follow_the_batch(bundle):
     assert advance[1].best["logits"] == (4, 6, 48) and advance[1].best["noise"] == (4, 3, 48)
 
 
-def test_text_has_a_range(bundle):
+def test_a_text_has_the_length_that_the_loop_pads_it_to(bundle):
     *_, schedules, constants, model, _ = arguments(bundle)
     text = CONDITION.model_copy(update={"kind": "text", "labels": (), "text_maximum_tokens": 512})
     info = GraphInfo(
@@ -113,8 +113,7 @@ def test_text_has_a_range(bundle):
         outputs=(),
     )
     (profile,) = shape_profiles(info, "prefix", schedules, constants, model, text)
-    shapes = [dict(one)["text_features"] for one in (profile.least, profile.best, profile.greatest)]
-    assert shapes == [(1, 1, 8), (1, 64, 8), (1, 512, 8)]
+    assert profile == ShapeProfile.fixed({"text_features": (1, 512, 8)})
 
 
 def test_a_size_that_no_scale_states_is_a_defect(bundle):

@@ -34,6 +34,7 @@ __all__ = ["ENVIRONMENT_VARIABLE", "command", "find_trtexec", "markdown", "measu
 
 ENVIRONMENT_VARIABLE = "TOPROVAR_TRTEXEC"
 _PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/local/tensorrt/bin/trtexec")
+_WARM_UP_MS = 300
 _CLOSE = 0.03
 """A smaller part of trtexec's time is noise."""
 
@@ -65,7 +66,7 @@ def command(trtexec: Path, version: str, engine: Path, plugins: Path, run: Engin
         words.append(f"--useProfile={run.profile}")
     if major < 11:
         words += ["--useCudaGraph", "--noDataTransfers", "--useSpinWait"]
-    return [*words, "--warmUp=300", "--duration=1", "--iterations=30", f"--exportTimes={times}"]
+    return [*words, f"--warmUp={_WARM_UP_MS}", "--duration=1", "--iterations=30", f"--exportTimes={times}"]
 
 
 def measure(
@@ -118,7 +119,10 @@ def measure(
 
 
 def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
-    """One run at a time, and runs queued behind each other; medians."""
+    """One run at a time, and runs queued behind each other; medians, after as long a time to warm up as trtexec takes."""
+    start = perf_counter()
+    while (perf_counter() - start) * 1e3 < _WARM_UP_MS:
+        loop.timed(run)
     single = [loop.timed(run) for _ in range(30)]
     count = max(3, min(200, int(200 / max(float(np.median(single)), 1e-3))))
     batches = []
