@@ -2,7 +2,7 @@
 
     python benchmarks/tensorrt_table.py FOLDER --out benchmarks/results/tensorrt-NAME.json
 
-A part that is missing is left out; a step that failed is named.
+A part that is missing is left out; a step that failed is named. FOLDER/notes.txt, a line each, says what the numbers do not.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def collect(folder: Path) -> dict[str, Any]:
         if (folder / "steps.txt").is_file()
         else []
     )
+    notes = folder / "notes.txt"
     document: dict[str, Any] = {
         "machine": read(folder / "machine.json"),
+        "notes": notes.read_text().splitlines() if notes.is_file() else [],
         "failed": [name for code, name in steps if code != "rc=0"],
         "plugins": read(folder / "ops.json"),
         "verified": {},
@@ -59,6 +61,7 @@ def markdown(document: dict[str, Any]) -> str:
     lines = ["# TensorRT", ""]
     if machine := document["machine"]:
         lines += [", ".join(f"{key} {value}" for key, value in machine.items()), ""]
+    lines += [f"- {note}" for note in document["notes"]] + ([""] if document["notes"] else [])
     if document["failed"]:
         lines += [f"Steps that failed: {', '.join(document['failed'])}.", ""]
     if plugins := document["plugins"]:
