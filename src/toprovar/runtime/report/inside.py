@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from toprovar.profiles.evidence import ALL, Example, Policy
+from toprovar.profiles.evidence import ALL, Error, Example, Policy
 from toprovar.runtime import compare
 from toprovar.runtime.report import charts, images
 from toprovar.runtime.report.charts import Axis, Bar, Curve
@@ -291,32 +291,24 @@ def error_growth(view: View) -> Section | None:
     errors = view.evidence.errors
     if not errors:
         return None
-    panels = []
-    values = [value for error in errors for value in error.code_error]
-    axis = Axis(0, max(values) * 1.1 or 1)
-    findings = []
-    for policy in dict.fromkeys(error.policy for error in errors):
-        for group in dict.fromkeys(error.prompt_class for error in errors if error.policy == policy):
-            curves = []
-            for error in errors:
-                if (error.policy, error.prompt_class) == (policy, group):
-                    row: list[float | None] = [None] * len(view.evidence.model.grids)
-                    for scale, value in zip(error.scales, error.code_error, strict=True):
-                        row[scale] = value
-                    curves.append(Curve(error.mode, row, "c2" if error.mode == "free-running" else "c1"))
-            title = f"{view.evidence.policy(policy).title}, {class_name(group)}"
+    axis = Axis(0, max(value for error in errors for value in error.code_error) * 1.1 or 1)
+    names = list(dict.fromkeys(error.policy for error in errors))
+    names.sort(key=lambda name: view.headline is None or name != view.headline.name)
+    shown, rows = [], []
+    for name in names:
+        policy, panels = view.evidence.policy(name), []
+        for group in dict.fromkeys(error.prompt_class for error in errors if error.policy == name):
+            curves = [_error_curve(view, one) for one in errors if (one.policy, one.prompt_class) == (name, group)]
+            title = f"{policy.title}, {class_name(group)}"
             panels.append(
-                charts.panel(
-                    title, side_names(view), curves, axis, lambda v: f"{v:.0%}", x_title="scale (side of the grid)"
-                )
+                charts.panel(title, side_names(view), curves, axis, _percent, x_title="scale (side of the grid)")
             )
             ends = {curve.name: next((v for v in reversed(curve.values) if v is not None), 0.0) for curve in curves}
             own, free = ends.get("teacher-forced", 0.0), ends.get("free-running", 0.0)
-            if 0 < own <= free:
-                findings.append(
-                    f"{title}: {free:.1%} at the end when it runs freely, {own:.1%} from dense "
-                    f"tokens, so {1 - own / free:.0%} of the error is carried over from scale to scale."
-                )
+            carried = f"{max(0.0, 1 - own / free):.0%}" if free > 0 else ""
+            rows.append((policy.title, "all" if group == ALL else group, f"{own:.1%}", f"{free:.1%}", carried))
+        shown.append((name, el("div", *panels, class_="panels")))
+    columns = ("policy", "prompts", "error of the last scale alone", "error at the end, in use", "of it carried over")
     return Section(
         "errors",
         "Do errors grow?",
@@ -324,9 +316,21 @@ def error_growth(view: View) -> Section | None:
             "The relative error of the accumulated codes after each scale. {teacher-forced|Teacher-forced}: the scale's own "
             "error. {free-running|Free-running}: what is left of it in use, with all errors before it.",
         ),
-        el("div", *panels, class_="panels"),
-        tuple(findings),
+        switch([select("Policy", [(name, view.evidence.policy(name).title) for name in names])], shown),
+        (),
+        (Table(columns, tuple(rows), "At the end", folded=True),),
     )
+
+
+def _error_curve(view: View, error: Error) -> Curve:
+    row: list[float | None] = [None] * len(view.evidence.model.grids)
+    for scale, value in zip(error.scales, error.code_error, strict=True):
+        row[scale] = value
+    return Curve(error.mode, row, "c2" if error.mode == "free-running" else "c1")
+
+
+def _percent(value: float) -> str:
+    return f"{value:.0%}"
 
 
 def _chosen_examples(view: View, key: str) -> list[Example]:

@@ -136,12 +136,17 @@ class _Behind:
     others: tuple[str, ...]
 
 
+def _picture_metrics(view: View) -> tuple[str, ...]:
+    """Figures of the pictures. Equal tokens are counted at the scales that are run, and are none."""
+    return tuple(metric for metric in view.metrics if metric not in ("tokens", "bits"))
+
+
 def _behind(view: View) -> list[_Behind]:
     """Wherever ours is off the front, by the clock that is shown first."""
     return [
         _Behind(policy, metric, group, tuple(one.title for one in others))
         for policy in view.ours
-        for metric in view.metrics
+        for metric in _picture_metrics(view)
         for group in view.groups
         if (others := view.dominators(policy, group, metric, view.costs[0]))
     ]
@@ -151,7 +156,7 @@ def _front_findings(view: View, behind: Sequence[_Behind]) -> list[str]:
     cases = sum(
         view.cost(policy, group, view.costs[0]) is not None and view.metric(policy, group, metric) is not None
         for policy in view.ours
-        for metric in view.metrics
+        for metric in _picture_metrics(view)
         for group in view.groups
     )
     if not cases:
@@ -255,14 +260,18 @@ def rivals(view: View) -> Section | None:
 
 
 def _lost(view: View) -> tuple[str, ...]:
-    """Who beats ours by more than the interval, a sentence per rival and figure of quality."""
-    groups: dict[tuple[str, str, str], list[str]] = {}
-    for one in view.beaten():
-        groups.setdefault((one.rival, one.metric, one.reason), []).append(one.prompt_class)
-    return tuple(
-        f"{view.evidence.policy(rival).title} beats ours in {METRICS[metric].title} on {_where(view, where)}. {reason}".rstrip()
-        for (rival, metric, reason), where in groups.items()
-    )
+    """Who beats ours by more than the interval, a sentence per rival; the reasons stand in the table."""
+    cases: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for rival in dict.fromkeys(one.rival for one in view.beaten()):
+        own = [one for one in view.beaten() if one.rival == rival]
+        for metric in dict.fromkeys(one.metric for one in own):
+            where = tuple(one.prompt_class for one in own if one.metric == metric)
+            cases.setdefault(rival, {}).setdefault(where, []).append(METRICS[metric].title)
+    sentences = []
+    for rival, groups in cases.items():
+        parts = [f"in {listed(metrics)} on {_where(view, where)}" for where, metrics in groups.items()]
+        sentences.append(f"{view.evidence.policy(rival).title} beats ours {'; '.join(parts)}.")
+    return tuple(sentences)
 
 
 def waterfall(view: View) -> Section | None:
