@@ -1,6 +1,7 @@
 """Every policy on the demo models: same noise, same weights, same harness. Writes what `toprovar report` shows.
 
     python -m benchmarks.evidence search  --demo class --out DIR [--weights DIR] [--device cuda]
+    python -m benchmarks.evidence mixes   --demo class --out DIR
     python -m benchmarks.evidence quality --demo class --out DIR --pictures 216 [--part 0/4]
     python -m benchmarks.evidence method  --demo class --out DIR
     python -m benchmarks.evidence latency --demo class --out DIR --threads 2
@@ -12,6 +13,8 @@ step among processes. Quality may be measured on a GPU and latency on a CPU: pic
 rounding.
 
 - search: calibration, and a profile for each floor of `FLOORS` and `BETWEEN`, in DIR/profiles.
+- mixes: of the plans found and of dropped scales, for each budget of FLOPs the most faithful choice on average: a floor
+  asks the same of every prompt class, a budget may be spent where it helps most.
 - quality: tokens, SSIM, PSNR, perceptual distance, features, accuracy, FLOPs as run, of every policy on held-out prompts.
 - method: what the method rests on: tau, error growth, normalisations, costs, pictures looked at closely.
 - latency: transformer and total per picture in PyTorch, batch 1, policies in turn.
@@ -23,10 +26,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,17 +59,28 @@ from toprovar.exporter.plan import make_plan, role_scores
 from toprovar.exporter.policies.catalogue import Entry, catalogue
 from toprovar.exporter.policies.engine import Outcome, Policy, State, run_policy
 from toprovar.exporter.policies.ours import Choice, Planned, head_temperatures, token_scores
+from toprovar.exporter.policies.rivals import DropLast
+from toprovar.exporter.prune import pruning
 from toprovar.exporter.quality import code_error, equal_share, mean_squared_error, ssim
 from toprovar.exporter.search import Candidate, Picture, Search, split_pictures
 from toprovar.exporter.source import SamplingWish, Source, named_profile
 from toprovar.profiles import evidence as ev
 from toprovar.profiles.calibration import Calibration, load_calibration
 from toprovar.profiles.files import write_text
-from toprovar.profiles.flops import ModelShape
+from toprovar.profiles.flops import ModelShape, dense_flops, plan_flops
 from toprovar.profiles.manifest import sha256_checkpoint
 from toprovar.profiles.noise import scale_noise
-from toprovar.profiles.profile import SHIPPED, Profile, QualityFloor, load_profile
-from toprovar.profiles.statistics import bootstrap
+from toprovar.profiles.profile import (
+    SCHEMA,
+    SHIPPED,
+    ClassOptions,
+    Profile,
+    QualityFloor,
+    Roles,
+    Tokens,
+    load_profile,
+)
+from toprovar.profiles.statistics import bootstrap, exact_mean
 from toprovar.runtime import bench
 from toprovar.runtime.machine import describe_machine
 from toprovar.runtime.session import Session
@@ -76,9 +91,15 @@ FLOORS = {name: load_profile(name).quality_floor for name in SHIPPED}
 
 BETWEEN = {
     f"floor-{round(100 * ssim)}": QualityFloor(ssim=ssim, accuracy=accuracy)
-    for ssim, accuracy in ((0.92, 0.97), (0.82, 0.95), (0.65, 0.8), (0.5, 0.6))
+    for ssim, accuracy in ((0.88, 0.97), (0.75, 0.9), (0.65, 0.8), (0.5, 0.6))
 }
 """More points of our line, so that every rival has one of ours of its own latency beside it."""
+
+APART = "floor-88"
+"""The profile that is taken apart, stage by stage: it prunes the most tokens of those that look good."""
+
+BUDGETS = (0.05, 0.08, 0.11, 0.14, 0.17, 0.21, 0.26, 0.33, 0.41, 0.5, 0.65, 0.8)
+"""Shares of the dense model's FLOPs, mean over prompt classes, for `mixes`."""
 
 CALIBRATION_SEED, SEARCH_SEED, QUALITY_SEED = 0, 100, 10_000
 """First seeds: no picture of one step is one of another."""
@@ -350,6 +371,44 @@ def share_of(looking: Search, group: str, roles: str) -> tuple[dict[str, Candida
     return candidates, counts
 
 
+def mixes(demo: Demo, args: argparse.Namespace) -> None:
+    """A profile for each budget, chosen on the pictures that were searched on."""
+    calibration = measured(demo, args)
+    looking = searcher(demo, calibration, args)
+    scales, dense = len(demo.shape.grids), dense_flops(demo.shape).total
+    floors = [profile for profile in our_profiles(args.out) if profile.quality_floor != QualityFloor()]
+    whole = {f"drop-{n}": ClassOptions(tokens=Tokens(keep={}), drop_scales=n) for n in range(scales - 1)}
+    best: dict[float, tuple[float, str, dict[str, ClassOptions]]] = {}
+    for roles in dict.fromkeys(str(profile.roles.explicit) for profile in floors):
+        pool: dict[str, list[tuple[float, float, ClassOptions]]] = {}
+        for group in demo.classes:
+            found = {one.name: one.classes[group] for one in floors if one.roles.explicit == roles}
+            for options in {**whole, **found}.values():
+                wish = Profile(schema=SCHEMA, name="mix", roles=Roles(explicit=roles), classes={group: options})
+                plan = make_plan(wish, calibration)
+                cost = plan_flops(demo.shape, plan.roles, plan.for_class(group).keep).total / dense
+                similar = exact_mean(looking.figures(group, pruning(plan, group), held_out=False)["ssim"])
+                pool.setdefault(group, []).append((cost, similar, options))
+        for choice in itertools.product(*pool.values()):
+            cost, similar = (
+                sum(values) / len(choice) for values in ([c for c, _, _ in choice], [s for _, s, _ in choice])
+            )
+            for budget in BUDGETS:
+                if cost <= budget and (budget not in best or similar > best[budget][0]):
+                    best[budget] = (similar, roles, {g: one[2] for g, one in zip(pool, choice, strict=True)})
+    for budget, (similar, roles, classes) in best.items():
+        name = f"budget-{round(100 * budget):02d}"
+        profile = Profile(
+            schema=SCHEMA,
+            name=name,
+            description=f"The most faithful mix of plans with at most {budget:.0%} of the dense FLOPs on average.",
+            roles=Roles(explicit=roles),
+            classes=classes,
+        )
+        write_text(args.out / "profiles" / f"{name}.toml", profile_toml(profile, demo.sha256))
+        print(f"{name}: SSIM {similar:.3f}", flush=True)
+
+
 def measured(demo: Demo, args: argparse.Namespace) -> Calibration:
     """The calibration in the folder, made where it is missing."""
     path: Path = args.out / "calibration.json"
@@ -381,10 +440,9 @@ def profile_toml(profile: Profile, checkpoint_sha256: str) -> str:
         "",
         "[roles]",
         f'explicit = "{profile.roles.explicit}"',
-        "",
-        "[quality_floor]",
-        *(f"{key} = {value}" for key, value in profile.quality_floor.model_dump(exclude_none=True).items()),
     ]
+    if floor := profile.quality_floor.model_dump(exclude_none=True):
+        lines += ["", "[quality_floor]", *(f"{key} = {value}" for key, value in floor.items())]
     for name, options in profile.classes.items():
         lines += ["", f"[classes.{name}]", f"drop_scales = {options.drop_scales}"]
         if options.depth.grid is not None:
@@ -394,27 +452,55 @@ def profile_toml(profile: Profile, checkpoint_sha256: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def computation(policy: Policy, demo: Demo) -> Hashable:
+    """What a policy does, whatever it is called: plans that prune nothing are dropped scales and nothing else."""
+    scales = demo.shape.tokens
+    if isinstance(policy, DropLast):
+        return ("drop", policy.scales)
+    if isinstance(policy, Planned):
+        run = policy.pruning.scales_run or tuple(range(len(scales)))
+        if all(policy.pruning.keep[s] == scales[s] for s in run):
+            return ("drop", len(scales) - len(run))
+    return policy if type(policy) is not Policy else ("drop", 0)
+
+
+def finished(
+    demo: Demo, entries: Sequence[Entry], lines: Lines, pictures: dict[str, list[Picture]], args: argparse.Namespace
+) -> dict[Hashable, list[dict[str, Any]]]:
+    """(computation, pictures of a batch) -> their records, of what was measured before under any name."""
+    records = {Lines._key(one): one for one in lines.read()}
+    known: dict[Hashable, list[dict[str, Any]]] = {}
+    for group, batch in batches(demo, pictures, args.batch):
+        for entry in entries:
+            found = [records.get((entry.name, one.prompt, one.seed)) for one in batch]
+            if all(found):
+                known[computation(entry.for_class(group), demo), tuple(batch)] = [one for one in found if one]
+    return known
+
+
 def quality(demo: Demo, args: argparse.Namespace) -> None:
-    """Figures of every policy on held-out pictures."""
-    entries = catalogue(measured(demo, args), our_profiles(args.out))
+    """Figures of every policy on held-out pictures; what two policies do alike is done once."""
+    entries = catalogue(measured(demo, args), our_profiles(args.out), APART)
     lines = Lines(args.out, "quality", args.part)
     pictures = held_out_pictures(demo, args.pictures)
+    known = finished(demo, entries, lines, pictures, args)
     write_text(args.out / f"machine.quality.{args.part[0]}.json", json.dumps(machine(args)))
     spent: dict[str, float] = {}
     for group, batch in batches(demo, pictures, args.batch, args.part):
-        if not any(lines.missing(entry.name, batch) for entry in entries):
-            continue
-        noise = Noise(demo.backbone, [picture.seed for picture in batch])
-        dense = run_batch(demo, Policy(), batch, noise)[0]
-        assert dense.image is not None
-        dense_features = features(demo, dense.image)
-        for entry in entries:
-            if not lines.missing(entry.name, batch):
-                continue
+        todo = [entry for entry in entries if lines.missing(entry.name, batch)]
+        if any((computation(one.for_class(group), demo), tuple(batch)) not in known for one in todo):
+            noise = Noise(demo.backbone, [picture.seed for picture in batch])
+            dense = run_batch(demo, Policy(), batch, noise)[0]
+            assert dense.image is not None
+            dense_features = features(demo, dense.image)
+        for entry in todo:
             began = time.perf_counter()
-            outcomes = [dense] if entry.name == "dense" else run_batch(demo, entry.for_class(group), batch, noise)
-            found = figures(demo, batch, group, outcomes, dense, dense_features)
-            lines.add([{"policy": entry.name, **one} for one in found])
+            policy = entry.for_class(group)
+            key = (computation(policy, demo), tuple(batch))
+            if key not in known:
+                outcomes = [dense] if entry.name == "dense" else run_batch(demo, policy, batch, noise)
+                known[key] = figures(demo, batch, group, outcomes, dense, dense_features)
+            lines.add([{**one, "policy": entry.name} for one in known[key]])
             spent[entry.name] = spent.get(entry.name, 0.0) + time.perf_counter() - began
     print(json.dumps({name: round(seconds, 1) for name, seconds in spent.items()}))
 
@@ -467,23 +553,27 @@ def figures(
 
 def latency(demo: Demo, args: argparse.Namespace) -> None:
     """Wall time per picture of every policy in turn, batch 1."""
-    entries = catalogue(measured(demo, args), our_profiles(args.out))
+    entries = catalogue(measured(demo, args), our_profiles(args.out), APART)
     lines = Lines(args.out, "latency")
     torch.set_num_threads(args.threads)
     pictures = held_out_pictures(demo, args.pictures)
-    for entry in entries:  # caches, allocations
-        run_one(demo, entry.for_class(demo.classes[0]), pictures[demo.classes[0]][0])
+    run_one(demo, Policy(), pictures[demo.classes[0]][0])  # caches, allocations
     write_text(args.out / "machine.latency.json", json.dumps({**machine(args), "threads": args.threads}))
     for repeat in range(args.repeat):
         for group, batch in batches(demo, pictures, 1):
+            done: dict[Hashable, dict[str, Any]] = {}
             for entry in entries:
                 # A repeat is a line of its own: its number stands in the seed, which the picture's noise does not take.
                 record = {"policy": entry.name, "prompt": batch[0].prompt, "seed": batch[0].seed + 10**6 * repeat}
                 if Lines._key(record) in lines.done:
                     continue
-                seconds, total = run_one(demo, entry.for_class(group), batch[0])
-                ms = {str(scale): 1e3 * value for scale, value in seconds.items()}
-                lines.add([{**record, "prompt_class": group, "scales_ms": ms, "total_ms": 1e3 * total}])
+                policy = entry.for_class(group)
+                key = computation(policy, demo)
+                if key not in done:
+                    seconds, total = run_one(demo, policy, batch[0])
+                    ms = {str(scale): 1e3 * value for scale, value in seconds.items()}
+                    done[key] = {"prompt_class": group, "scales_ms": ms, "total_ms": 1e3 * total}
+                lines.add([{**record, **done[key]}])
 
 
 def bundles(demo: Demo, args: argparse.Namespace) -> None:
@@ -531,7 +621,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
 def method(demo: Demo, args: argparse.Namespace) -> None:
     """tau, error growth, normalisations, costs, and pictures looked at closely."""
     calibration = measured(demo, args)
-    entries = {entry.name: entry for entry in catalogue(calibration, our_profiles(args.out))}
+    entries = {entry.name: entry for entry in catalogue(calibration, our_profiles(args.out), APART)}
     pictures = held_out_pictures(demo, args.pictures)
     document: dict[str, Any] = {"tau": {}, "errors": [], "normalisations": {}, "costs": []}
     for group, batch in batches(demo, pictures, args.batch):
@@ -600,7 +690,9 @@ def stopping(demo: Demo, group: str, batch: Sequence[Picture], noise: Noise, doc
         one["correlation"] += correlations[name]
 
 
-ERRORS_OF = ("ours-fast", "ours-balanced", "fastvar-hart", "stagevar", "fast-random", "fast-identity")
+ERRORS_OF = (
+    f"ours-{APART}", "ours-balanced", "fastvar-hart", "stagevar", f"{APART}-random", f"{APART}-identity",
+)  # fmt: skip
 
 
 def growing(
@@ -700,20 +792,20 @@ def costs(
 
 
 SHOWN = (
-    "dense", "drop-1", "drop-2", "fastvar", "fastvar-hart", "skipvar-84", "sparsevar", "fastervar", "stagevar",
-    "toprovar-literal", "ours-quality", "ours-balanced", "ours-fast", "ours-extreme", "fast-random",
+    "dense", "drop-2", "fastvar", "skipvar-84", "sparsevar", "fastervar", "ours-balanced", "ours-fast", "ours-extreme",
 )  # fmt: skip
+"""Whose pictures are kept: the document and its arrays come with the package."""
 
 
 def look_closely(
     demo: Demo, entries: dict[str, Entry], pictures: dict[str, list[Picture]]
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
-    """Arrays and facts of two pictures of each class; see `toprovar.profiles.evidence.Example`."""
+    """Arrays and facts of a picture of each class; see `toprovar.profiles.evidence.Example`."""
     arrays: dict[str, np.ndarray] = {}
     examples = []
     backbone = demo.backbone
     for group in demo.classes:
-        for number, picture in enumerate(pictures[group][:2]):
+        for number, picture in enumerate(pictures[group][:1]):
             key, noise = f"{group}-{number}", Noise(backbone, [picture.seed])
             trace = generate(backbone, demo.prefix([picture.prompt]), noise=noise.shaped, entropy="mean")
             rho = []
@@ -767,7 +859,7 @@ def build(demo: Demo, args: argparse.Namespace) -> None:
     """Everything in the folder as one document of `toprovar.profiles.evidence`."""
     calibration = measured(demo, args)
     profiles = our_profiles(args.out)
-    entries = catalogue(calibration, profiles)
+    entries = catalogue(calibration, profiles, APART)
     table = Table(list(Lines(args.out, "quality").read()), demo.classes)
     times = list(Lines(args.out, "latency").read())
     fast = next((profile for profile in profiles if profile.name == "fast"), profiles[0])
@@ -865,13 +957,12 @@ def policy_of(entry: Entry, demo: Demo, table: Table, times: Sequence[dict[str, 
 
         metrics["frechet"] = bootstrap(both, distance, draws=100)
         own = [one for one in times if one["policy"] == entry.name and group in (ev.ALL, one["prompt_class"])]
-        transformer = [sum(one["scales_ms"].values()) for one in own]
         groups[group] = ev.Group(
             images=len(records),
             metrics=metrics,
             flops=float(np.mean([one["conditioning"] + sum(one["flops"].values()) for one in records])),
-            transformer={"torch": latency_of(transformer)} if own else {},
-            total={"torch": latency_of([one["total_ms"] for one in own])} if own else {},
+            transformer={"torch": latency_of(own, transformer_ms)} if own else {},
+            total={"torch": latency_of(own, lambda one: float(one["total_ms"]))} if own else {},
             scales=scale_costs(records, own) if group != ev.ALL else (),
         )
     return ev.Policy(
@@ -904,9 +995,18 @@ def with_bundle(policy: ev.Policy, timed: dict[str, Any]) -> ev.Policy:
     return policy.model_copy(update={"groups": groups})
 
 
-def latency_of(values_ms: Sequence[float]) -> ev.Latency:
-    p20, median, p80 = np.quantile(values_ms, (0.2, 0.5, 0.8))
-    return ev.Latency(median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(values_ms))
+def transformer_ms(record: dict[str, Any]) -> float:
+    return float(sum(record["scales_ms"].values()))
+
+
+def latency_of(records: Sequence[dict[str, Any]], value_ms: Callable[[dict[str, Any]], float]) -> ev.Latency:
+    """Quantiles of each prompt class, and the mean of these over the classes: each is asked for alike."""
+    by_class: dict[str, list[float]] = {}
+    for one in records:
+        by_class.setdefault(one["prompt_class"], []).append(value_ms(one))
+    quantiles = np.mean([np.quantile(values, (0.2, 0.5, 0.8)) for values in by_class.values()], axis=0)
+    p20, median, p80 = (float(value) for value in quantiles)
+    return ev.Latency(median_ms=median, p20_ms=p20, p80_ms=p80, repeats=len(records))
 
 
 def scale_costs(records: Sequence[dict[str, Any]], times: Sequence[dict[str, Any]]) -> tuple[ev.ScaleCost, ...]:
@@ -1022,7 +1122,7 @@ def errors_of(found: Sequence[dict[str, Any]], names: set[str]) -> Iterator[ev.E
 def normalisations_of(found: dict[str, Any], table: Table) -> Iterator[ev.Normalisation]:
     if not found:
         return
-    policies = {"entropy": "ours-fast", "temperature": "fast-temperature", "log-keys": "fast-log-keys"}
+    policies = {"entropy": f"ours-{APART}", "temperature": f"{APART}-temperature", "log-keys": f"{APART}-log-keys"}
     for name, title in _NORMALISATIONS.items():
         rho = {group: tuple(np.mean(one[name]["rho"], axis=0).tolist()) for group, one in found.items()}
         correlations = [value for one in found.values() for value in one[name]["correlation"]]
@@ -1058,6 +1158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = {
         "search": search,
+        "mixes": mixes,
         "quality": quality,
         "method": method,
         "latency": latency,

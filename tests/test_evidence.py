@@ -68,11 +68,16 @@ def test_every_step_and_the_document(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(searching, "DETAIL_SHARES", (0.75,))
     monkeypatch.setattr(harness, "FLOORS", {"fast": QualityFloor(ssim=0.3), "quality": QualityFloor(ssim=0.9)})
     monkeypatch.setattr(harness, "BETWEEN", {})
+    monkeypatch.setattr(harness, "BUDGETS", (0.4, 0.8))
+    monkeypatch.setattr(harness, "APART", "fast")
     demo = small_demo(kind)
     args = arguments(tmp_path)
     harness.search(demo, args)
     found = load_profile(tmp_path / "profiles" / "fast.toml")
     assert found.quality_floor == QualityFloor(ssim=0.3) and set(found.classes) == {"plain", "fine"}
+
+    harness.mixes(demo, args)
+    assert (tmp_path / "profiles" / "budget-80.toml").exists()
 
     for part in ((0, 2), (1, 2)):
         harness.quality(demo, arguments(tmp_path, part=part))

@@ -182,7 +182,7 @@ class Search:
         measured, cost = {}, {}
         dense = dense_flops(self.model).total
         for one, candidate in chosen.items():
-            figures = self._figures(one, self._pruning(candidate, roles), held_out=True)
+            figures = self.figures(one, self._pruning(candidate, roles), held_out=True)
             measured[one] = {key: bootstrap(values) for key, values in figures.items() if key in ("ssim", "accuracy")}
             measured[one]["psnr_db"] = bootstrap(figures["mse"], _psnr_db)
             cost[one] = candidate.cost / dense
@@ -276,7 +276,7 @@ class Search:
     ) -> bool:
         if one.opening is None and one.run == len(self.model.grids):
             return True  # the dense model itself
-        figures = self._figures(prompt_class, self._pruning(one, roles), held_out)
+        figures = self.figures(prompt_class, self._pruning(one, roles), held_out)
         if floor.ssim is not None and exact_mean(figures["ssim"]) < floor.ssim:
             return False
         if floor.psnr_db is not None and _psnr_db(np.array(figures["mse"])) < floor.psnr_db:
@@ -285,7 +285,7 @@ class Search:
             figures["dense_accuracy"]
         )
 
-    def _figures(self, prompt_class: str, pruning: Pruning, held_out: bool) -> dict[str, list[float]]:
+    def figures(self, prompt_class: str, pruning: Pruning, held_out: bool) -> dict[str, list[float]]:
         """Figure -> a value a picture."""
         key = (prompt_class, pruning, held_out)
         if key not in self._known:

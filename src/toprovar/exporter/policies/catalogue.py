@@ -49,19 +49,20 @@ class Entry:
         return self.policies.get(prompt_class) or self.policies[""]
 
 
-def catalogue(calibration: Calibration, profiles: Sequence[Profile]) -> list[Entry]:
+def catalogue(calibration: Calibration, profiles: Sequence[Profile], apart: str = "fast") -> list[Entry]:
     """All policies, the dense one first.
 
     Args:
         calibration: of the model; plans, roles and the literal rule come from it.
-        profiles: ours, mildest first; the one named ``fast`` is taken apart stage by stage.
+        profiles: ours, mildest first.
+        apart: name of the one that is taken apart stage by stage.
     """
     return [
         Entry("dense", "Dense", "dense", "dense", "Every scale, layer and token.", {"": Policy()}),
         *_dropped(calibration.model),
         *_rivals(),
         *_literal(calibration),
-        *_ours(calibration, profiles),
+        *_ours(calibration, profiles, apart),
     ]
 
 
@@ -192,7 +193,7 @@ def _literal(calibration: Calibration) -> list[Entry]:
     ]
 
 
-def _ours(calibration: Calibration, profiles: Sequence[Profile]) -> list[Entry]:
+def _ours(calibration: Calibration, profiles: Sequence[Profile], apart: str) -> list[Entry]:
     entries = []
     for profile in profiles:
         plan = make_plan(profile, calibration)
@@ -212,17 +213,17 @@ def _ours(calibration: Calibration, profiles: Sequence[Profile]) -> list[Entry]:
                 },
             )
         )
-        if profile.name == "fast":
-            entries += _taken_apart(calibration.model, prunings)
+        if profile.name == apart:
+            entries += _taken_apart(apart, calibration.model, prunings)
     return entries
 
 
-def _taken_apart(model: ModelShape, prunings: Mapping[str, Pruning]) -> list[Entry]:
-    """`fast` with one stage off or replaced, all else as it is."""
+def _taken_apart(whole: str, model: ModelShape, prunings: Mapping[str, Pruning]) -> list[Entry]:
+    """One of our plans with one stage off or replaced, all else as it is."""
     replaced = dataclasses.replace
 
     def entry(name: str, title: str, description: str, change: Mapping[str, Policy]) -> Entry:
-        return Entry(f"fast-{name}", f"fast, {title}", "ablation", "fast, a stage off", description, change)
+        return Entry(f"{whole}-{name}", f"{whole}, {title}", "ablation", f"{whole}, a stage off", description, change)
 
     def undropped(one: Pruning) -> Pruning:
         """All scales run; those that were dropped keep the share of the last one before them."""
