@@ -1,7 +1,7 @@
-"""Train the demo's judge on drawn pictures: `python tools/train_classifier.py [--scenes] --minutes 0.3 --out DIR`.
+"""Train the demo's judge on drawn pictures: `python tools/train_classifier.py --minutes 0.3 --out DIR`.
 
-With --scenes it learns the six heads of a captioned scene instead of the twelve classes. Held-out pictures (seeds no
-training run uses) decide the reported accuracy, clean and degraded: blurred and noised as generated pictures may be.
+Held-out pictures (seeds no training run uses) decide the reported accuracy, clean and degraded: blurred and noised as
+generated pictures may be.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import torch.nn.functional as F
 import training
 from torch import Tensor
 
-from toprovar.demo.captions import COLOURS, SHAPES, TEXTURES
+from toprovar.demo.captions import COLOURS, COUNTS, SHAPES, TEXTURES
 from toprovar.demo.classifier import Classifier
+from toprovar.demo.judge import FIELDS
 from toprovar.demo.pictures import CLASSES, HELD_OUT, render
 from toprovar.demo.scenes import random_scenes, render_scenes
 
-SCENE_HEADS = {
-    "count": 4,
-    "colour": len(COLOURS),
-    "texture": len(TEXTURES),
-    "shape": len(SHAPES),
-    "floor_colour": len(COLOURS),
-    "floor_texture": len(TEXTURES),
-}
+_SIZES = (len(COUNTS), len(COLOURS), len(TEXTURES), len(SHAPES), len(COLOURS), len(TEXTURES))
+SCENE_HEADS = dict(zip(FIELDS, _SIZES, strict=True))
+"""What a net that judges scenes answers: field -> number of answers."""
 
 
 def draw_batch(seeds: np.ndarray, scenes: bool, device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
@@ -64,13 +60,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0.3)
     parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
     parser.add_argument("--batch", type=int, default=192)
-    parser.add_argument("--scenes", action="store_true")
     parser.add_argument("--judged", type=int, default=1200, help="held-out pictures")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
     team = training.Team()
-    model = Classifier(SCENE_HEADS if args.scenes else {"label": len(CLASSES)}).to(team.device)
+    model = Classifier({"label": len(CLASSES)}).to(team.device)
     optimiser = training.adamw(list(model.parameters()), team.device, 0.02, (0.9, 0.99))
     generator = torch.Generator(device=team.device).manual_seed(1 + team.rank)
     seeds, clock, began = training.Seeds(team), training.Clock(team, args.minutes, args.steps), time.perf_counter()
@@ -82,7 +77,7 @@ def main() -> None:
         seeds.next = saved["seeds"]
     going = True
     while going:
-        pictures, answers = draw_batch(seeds.take(args.batch), args.scenes, team.device)
+        pictures, answers = draw_batch(seeds.take(args.batch), False, team.device)
         for group in optimiser.param_groups:
             group["lr"] = training.cosine(clock.share, 2e-3)
         with team.autocast():
@@ -105,7 +100,7 @@ def main() -> None:
         accuracy: dict[str, float] = {}
         right: dict[str, list[Tensor]] = {}
         for start in range(0, args.judged, 120):
-            pictures, answers = draw_batch(HELD_OUT + np.arange(start, start + 120), args.scenes, team.device)
+            pictures, answers = draw_batch(HELD_OUT + np.arange(start, start + 120), False, team.device)
             for kind, view in (("clean", pictures), ("degraded", degrade(pictures, generator))):
                 for name, answer in model.judge(view).items():
                     right.setdefault(f"{kind} {name}", []).append((answer == answers[name]).float())

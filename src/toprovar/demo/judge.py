@@ -1,6 +1,6 @@
 """The judge of the text demo: what a picture shows, field by field, against what its caption asked for.
 
-A `Classifier` of six heads that was trained on drawn scenes only (tools/train_classifier.py --scenes).
+A `Classifier` of six heads that was trained on drawn scenes only (tools/train_judge.py).
 """
 
 from __future__ import annotations
