@@ -955,7 +955,7 @@ def policy_of(entry: Entry, demo: Demo, table: Table, times: Sequence[dict[str, 
             first, second = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :half], rows[:, half:]))
             return max(0.0, frechet_distance(first, second))
 
-        metrics["frechet"] = bootstrap(both, distance, draws=100)
+        metrics["frechet"] = bootstrap(both, distance, draws=50)
         own = [one for one in times if one["policy"] == entry.name and group in (ev.ALL, one["prompt_class"])]
         groups[group] = ev.Group(
             images=len(records),

@@ -113,6 +113,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     shift = (a.mean(0) - b.mean(0)).square().sum()
     a, b = ((part - part.mean(0)) / (len(part) - 1) ** 0.5 for part in (a, b))
-    # The eigenvalues of cov(a) cov(b) are the squared singular values of a b', so no root of a singular matrix is taken.
-    cross = torch.linalg.svdvals(a @ b.T).sum()
+    # The eigenvalues of cov(a) cov(b) are the squared singular values of a b', so no root of a singular matrix is taken; the
+    # triangles of a and b have the same ones and are small.
+    triangle_a, triangle_b = (torch.linalg.qr(part, mode="r").R for part in (a, b))
+    cross = torch.linalg.svdvals(triangle_a @ triangle_b.T).sum()
     return float(shift + a.square().sum() + b.square().sum() - 2 * cross)
