@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import resource
 import subprocess
@@ -16,12 +15,16 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from toprovar.backbones.text import load_text_encoder
 from toprovar.cli import app
 from toprovar.demo import tour
-from toprovar.exporter.source import SamplingWish, Source, named_profile, read_labels
+from toprovar.exporter.source import SamplingWish, Source, TextSource, named_profile, read_labels
+from toprovar.profiles.evidence import load_evidence
+from toprovar.profiles.prompts import Prompt
 from toprovar.runtime.bundle import open_bundle
 
 from .backbones.conftest import make_var
+from .text_checkpoint import PROMPTS, RESOLUTION, TextCheckpoint
 
 PROFILE = """schema = "toprovar.profile/1"
 name = "half"
@@ -112,26 +115,36 @@ def test_two_targets_make_the_same_pictures(bundle: Path, checkpoint: Checkpoint
 def test_the_tour_makes_every_bundle_and_a_report(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`toprovar demo` with a smaller model in place of the embedded one."""
+    """`toprovar demo` with smaller models in place of the embedded ones."""
     labels = read_labels(checkpoint.labels)
-    classes = {name: tuple(one.name for one in labels if one.prompt_class == name) for name in ("coarse", "fine")}
     source = Source("small", "var", checkpoint.var, checkpoint.vae, labels, SamplingWish(top_k=1))
-    monkeypatch.setattr(tour, "embedded_source", lambda: source)
-    monkeypatch.setattr(tour, "PROMPT_CLASSES", classes)
-    result = run("demo", "-o", tmp_path / "out", "--threads", 1)
+    other = TextCheckpoint(tmp_path / "text")
+    prompts = tuple(Prompt(text, name) for name, texts in PROMPTS.items() for text in texts)
+    encoder = TextSource("t5", lambda: load_text_encoder(other.t5), prompts=prompts)
+    text = Source("words", "infinity", other.infinity, other.vae, text=encoder, load_options={"resolution": RESOLUTION})
+    demos = (
+        tour.Demo("class", lambda: source, ("thing 0", "thing 1")),
+        tour.Demo("text", lambda: text, (PROMPTS["plain"][0], PROMPTS["fine"][0]), ("fast",), per_class=1),
+    )
+    monkeypatch.setattr(tour, "DEMOS", demos)
+    out = tmp_path / "out"
+    result = run("demo", "-o", out, "--threads", 1)
     assert result.exit_code == 0, result.output
-    rows = json.loads((tmp_path / "out" / "report.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["dense", "drop-2", "quality", "balanced", "fast", "extreme"]
-    assert rows[1]["scales"] == [3] and rows[1]["detail_layers"] == 0 and rows[1]["psnr_db"] is not None
-    manifest = open_bundle(tmp_path / "out" / "drop-2.bundle").manifest
+    evidence = [load_evidence(out / f"report-{name}-bundles.json") for name in ("var", "infinity")]
+    names = [[policy.name for policy in one.policies] for one in evidence]
+    assert names == [["dense", "drop-2", "quality", "balanced", "fast", "extreme"], ["dense", "drop-2", "fast"]]
+    manifest = open_bundle(out / "class" / "drop-2.bundle").manifest
     assert manifest.model.roles == "ggggg" and manifest.provenance.calibration_sha256 is None
     assert manifest.sampling.top_k == 1
-    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_file()} == {
-        "calibration.json",
-        "report.html",
-        "report.json",
-        "report.md",
-        "report.png",
+    dense = open_bundle(out / "text" / "dense.bundle").manifest
+    assert list(dense.schedules) == list(PROMPTS) and dense.condition.prompt_classes is not None
+    assert {path.name for path in out.iterdir()} == {
+        *("class", "text", "report.html", "report.md"),
+        *(
+            f"report-{name}-bundles.{suffix}"
+            for name in ("var", "infinity")
+            for suffix in ("json", "png", "safetensors")
+        ),
     }
 
 
@@ -186,11 +199,10 @@ def bad(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (["--checkpoint", "{bad}/notes.txt", "--vae", "{vae}"], "unknown kind of checkpoint"),
         (["--checkpoint", "{vae}", "--vae", "{vae}"], "this is a VQVAE"),
         (["--checkpoint", "{var}", "--vae", "{var}"], "this is a VAR transformer"),
-        (["--checkpoint", "{var}", "--vae", "{vae}", "--backbone", "infinity"], "expected an Infinity VAE"),
+        (["--checkpoint", "{var}", "--vae", "{vae}", "--backbone", "infinity"], "--text-encoder is missing"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--backbone", "dalle"], "backbone 'dalle' is unknown"),
         (["--checkpoint", "{var}"], "--vae is missing"),
         (["--vae", "{vae}"], "--checkpoint is missing"),
-        (["--backbone", "infinity"], "give --checkpoint and --vae"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--profile", "turbo"], "expected one of quality, balanced"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--profile", "{bad}/typo.toml"], "tokens.alpha_mim: unknown key"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--profile", "{bad}/broken.toml"], "not valid TOML"),
@@ -202,9 +214,13 @@ def bad(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Pat
         (["--checkpoint", "{var}", "--vae", "{vae}", "--calibration", "{bad}/cut.json"], "not valid JSON"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--calibration", "{bad}/none.json"], "no such file"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--precision", "int4"], "valid: auto, fp32, fp16"),
-        (["--checkpoint", "{var}", "--vae", "{vae}", "--target", "coreml"], "valid: onnxruntime, tensorrt, tensorrt-rtx"),
+        (
+            ["--checkpoint", "{var}", "--vae", "{vae}", "--target", "coreml"],
+            "valid: onnxruntime, tensorrt, tensorrt-rtx",
+        ),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--drop-scales", "9", "--profile", "dense"], "fewer than the 5"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--top-p", "7"], "top_p is 7"),
+        (["--checkpoint", "{var}", "--vae", "{vae}", "--temperature", "0"], "temperature is 0"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--per-class", "0"], "0 prompts per class"),
         (["--checkpoint", "{var}", "--vae", "{vae}", "--seeds", "0"], "no seed"),
     ],

@@ -211,6 +211,8 @@ FILES = ["--checkpoint", "{infinity}", "--vae", "{vae}"]
         (["{options}", "--calibration", "{bad}/twice.txt"], "'red discs' is there twice"),
         (["{options}", "--calibration", "{prompts}", "--aspect", "wide"], "aspect ratio 'wide' is no number"),
         (["{options}", "--calibration", "{prompts}", "--resolution", "4K"], "choose one of 0.06M"),
+        (["--backbone", "infinity", "--checkpoint", "{infinity}", "--vae", "{infinity}", "--text-encoder", "{t5}",
+          "--calibration", "{prompts}"], "expected an Infinity VAE"),
         (["{options}", "--labels", "{prompts}"], "takes text, not labels"),
         (["--backbone", "infinity-8b", *FILES, "--text-encoder", "{t5}", "--calibration", "{prompts}", "--resolution",
           "0.06M"], "has 3 layers of width 48, and the backbone that was named 40 layers of width 3584"),

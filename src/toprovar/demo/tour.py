@@ -1,27 +1,63 @@
-"""``toprovar demo``: the embedded checkpoint through the whole of toprovar, on any machine, in minutes.
+"""``toprovar demo``: the embedded checkpoints through the whole of toprovar, on any machine, in minutes.
 
-Calibrate once, then a bundle each for the dense model, for dropped scales and nothing else, and for every shipped
-profile; pictures and figures of all of them on one page.
+Calibrate once, then a bundle each for the dense model, for dropped scales and nothing else, and for shipped profiles;
+pictures and figures of all of them on one page. One checkpoint takes class labels, the other one text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from toprovar.demo.embedded import embedded_source
+from toprovar.demo.embedded import embedded_source, embedded_text_source
 from toprovar.demo.labels import PROMPT_CLASSES
 from toprovar.exporter import build
-from toprovar.exporter.source import named_profile
+from toprovar.exporter.source import Source, named_profile
 from toprovar.profiles.calibration import save_calibration
 from toprovar.profiles.profile import SHIPPED
 from toprovar.runtime import report
 from toprovar.runtime.session import Session
 
-__all__ = ["run"]
+__all__ = ["DEMOS", "Demo", "run"]
+
+EVIDENCE = Path(__file__).parent / "evidence"
+"""What `benchmarks/evidence.py` measured of every policy on these checkpoints, shown before what is measured now."""
 
 DROPPED_SCALES = 2
 """Of the row that drops scales and does nothing else."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One checkpoint of the tour.
+
+    folder: of its bundles. source: the checkpoint. pictures: labels or prompts that the report shows. profiles: those
+    that get a bundle. per_class: labels or prompts of each prompt class to calibrate with. The text model is the slower
+    one, so it gets less of everything: the whole tour is to take three minutes on two cores.
+    """
+
+    folder: str
+    source: Callable[[], Source]
+    pictures: tuple[str, ...]
+    profiles: tuple[str, ...] = SHIPPED
+    per_class: int = 2
+
+
+DEMOS = (
+    Demo("class", embedded_source, tuple(names[i] for names in PROMPT_CLASSES.values() for i in (0, -1))),
+    Demo(
+        "text",
+        embedded_text_source,
+        (
+            "three yellow stars on a purple floor",
+            "one white ring on a red checkered floor",
+            "three red striped discs on a blue checkered floor",
+        ),
+        ("fast",),
+        per_class=1,
+    ),
+)
 
 
 def run(
@@ -46,29 +82,45 @@ def run(
     Raises:
         ToprovarError: the embedded checkpoint is missing, or the folder cannot be written.
     """
+    measured = [_one(demo, output / demo.folder, threads, seed, repeat, on_stage) for demo in DEMOS]
+    stored = [report.load(path) for path in sorted(EVIDENCE.glob("*.json"))]
+    return report.write([*stored, *measured], output / "report.html")
+
+
+def _one(
+    demo: Demo, output: Path, threads: int | None, seed: int, repeat: int, on_stage: Callable[[str], None]
+) -> report.Part:
+    """Bundles of one checkpoint, measured and compared."""
+
+    def say(what: str) -> None:
+        on_stage(f"{demo.folder} demo: {what}")
+
     output.mkdir(parents=True, exist_ok=True)
-    on_stage("load the embedded checkpoint")
-    checkpoint = build.load(embedded_source())
-    on_stage("calibrate")
-    calibration = build.measure(checkpoint, per_class=2, seeds=[seed])
+    say("load the embedded checkpoint")
+    checkpoint = build.load(demo.source())
+    say("calibrate")
+    calibration = build.measure(checkpoint, per_class=demo.per_class, seeds=[seed])
     save_calibration(output / "calibration.json", calibration)
 
     wishes = [
         named_profile("dense"),
         named_profile("dense", DROPPED_SCALES),
-        *(named_profile(name, own=checkpoint.source.profiles) for name in SHIPPED),
+        *(named_profile(name, own=checkpoint.source.profiles) for name in demo.profiles),
     ]
     bundles = []
     for wish in wishes:
-        on_stage(f"export {wish.name}")
+        say(f"export {wish.name}")
         plan = build.decide(checkpoint, wish, calibration)
         bundles.append(output / f"{wish.name}.bundle")
         build.assemble(checkpoint, plan, calibration if "d" in plan.roles else None, bundles[-1], golden_seed=seed)
     del checkpoint
 
-    on_stage("verify, measure and compare")
+    say("verify, measure and compare")
     sessions = [Session(bundle, threads=threads) for bundle in bundles]
-    labels = [names[i] for names in PROMPT_CLASSES.values() for i in (0, -1)]
+    seeds = [seed + i for i in range(len(demo.pictures))]
+    asked: Sequence[str] | None = demo.pictures
+    text = None
+    if sessions[0].takes_text:
+        asked, text = None, sessions[0].encode(demo.pictures)
     # The golden traces, replayed first, have warmed everything up.
-    made = report.make(sessions, labels, [seed + i for i in range(len(labels))], repeat=repeat, warmup=0)
-    return report.write(made, output / "report.html")
+    return report.make(sessions, asked, seeds, text=text, captions=demo.pictures, repeat=repeat, warmup=0)
