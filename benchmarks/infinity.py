@@ -3,8 +3,9 @@
     python benchmarks/infinity.py --out benchmarks/results [--models 2b,8b] [--batches 1,4] [--quick]
 
 Speed does not depend on the weights, so they are random, at the true sizes. Keep ratios do depend on a calibration, and random
-weights have none worth the name: the plans are those that the profiles make of the embedded demo's calibration
-(benchmarks/results/demo-calibration.json), carried over to the larger model by `carried_plan`. The floor of a plan is its
+weights have none worth the name: the plans are those that the profiles make of the calibration of the embedded
+text demo, a small Infinity (benchmarks/results/text-demo-calibration.json), carried over to the larger model by
+`carried_plan`. The floor of a plan is its
 FLOPs at the rates of a plain GEMM and of this project's attention, both measured in the same run. A result is checked before
 it is timed: the same noise gives the same picture twice, and the fused graphs give the logits of the plain PyTorch step
 within bf16 noise.
@@ -56,8 +57,8 @@ SIZES = {
 ORIGINAL_S = {"2b": 1.16, "8b": 1.74}
 """Seconds per image of the original code on an H100, median of 13 runs."""
 FASTVAR_S = {"2b": 0.80}
-CLASSES = ("object", "texture")
-"""Prompt classes of the calibration: of the first, `fast` leaves out two scales, of the second none."""
+PROMPT_CLASS = "object"
+"""Of the calibration."""
 
 MOST_LOGIT_DIFFERENCE = 0.25
 """Of the logits' spread."""
@@ -243,17 +244,20 @@ def check(backbone: Infinity, model: str, fast: Pruning, report: dict[str, Any])
 def cases(backbone: Infinity, calibration: Calibration, quick: bool) -> list[tuple[str, Pruning, bool]]:
     """Name, plan, whether as CUDA graphs; dense first, to which the others are compared."""
 
-    def carried(profile: str, prompt_class: str) -> tuple[str, Pruning, bool]:
-        plan = carried_plan(load_profile(profile), calibration, prompt_class, backbone)
-        return f"{profile}, {prompt_class}", plan, True
+    def carried(name: str, **changes: Any) -> Pruning:
+        profile = load_profile(name).model_copy(update=changes)
+        return carried_plan(profile, calibration, PROMPT_CLASS, backbone)
 
-    dense, (drops, keeps) = Pruning.none(backbone.spec), CLASSES
-    found = [("dense", dense, True), carried("fast", drops), carried("fast", keeps)]
-    if quick:
-        return found
-    found += [carried(profile, drops) for profile in SHIPPED if profile != "fast"]
-    found.append(("drop-last-two only", dataclasses.replace(dense, scales_run=tuple(range(len(dense.keep) - 2))), True))
-    return found + [(name, pruning, False) for name, pruning, _ in found[:2]]
+    dense = Pruning.none(backbone.spec)
+    found = [("dense", dense, True), ("fast", carried("fast"), True)]
+    if not quick:
+        # What a prompt class gets whose rho at the last scale is above the profile's drop_rho.
+        found.append(("fast, no scale dropped", carried("fast", drop_scales=0), True))
+        found += [(name, carried(name), True) for name in SHIPPED if name != "fast"]
+        two = tuple(range(backbone.spec.scales - 2))
+        found.append(("drop-last-two only", dataclasses.replace(dense, scales_run=two), True))
+        found += [(name, pruning, False) for name, pruning, _ in found[:2]]
+    return found
 
 
 def main() -> None:
@@ -262,7 +266,9 @@ def main() -> None:
     parser.add_argument("--models", default="2b,8b")
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--quick", action="store_true", help="dense and fast, batch 1, few repeats")
-    parser.add_argument("--calibration", type=Path, default=Path(__file__).parent / "results/demo-calibration.json")
+    parser.add_argument(
+        "--calibration", type=Path, default=Path(__file__).parent / "results/text-demo-calibration.json"
+    )
     parser.add_argument("--commit", default="", help="of the code measured, where git cannot tell")
     arguments = parser.parse_args()
     calibration = load_calibration(arguments.calibration)
@@ -348,8 +354,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Infinity at 1024 x 1024, CFG, bf16, random weights, {report['text_tokens']} text tokens; {report['gpu']}, "
         f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
-        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: profile and prompt class, "
-        f"from the demo's calibration {report['calibration_sha256'][:12]}; `of floor`: the transformer's, by its plan's FLOPs.",
+        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: of the profile, from the "
+        f"text demo's calibration {report['calibration_sha256'][:12]}; `of floor`: the transformer's, by its plan's FLOPs.",
         "",
         "| model | batch | plan | scales | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | "
         "to dense | GiB |",
