@@ -168,7 +168,7 @@ def rho_curves(view: View) -> Section | None:
     for name, curve in curves.items():
         depth = evidence.depth.get(name)
         flags = [(depth, f"D: {grid_name(view, depth)}")] if depth is not None else []
-        title = f"{name}" if name not in evidence.depth or depth is not None else f"{name}: never pruned"
+        title = f"{name}" if name not in evidence.depth or depth is not None else f"{name}: no tokens pruned"
         line = Curve(name, [None, *curve[1:]], "c1")
         panels.append(
             charts.panel(
@@ -199,14 +199,25 @@ def rho_curves(view: View) -> Section | None:
         "depth",
         "When pruning may start",
         (
-            "{rho} is the share of tokens that are more focused than average. Where it has fallen to {tau}, a small part of "
-            "the picture stands out and the rest can wait: that scale is {D}, and everything before it runs in full. A "
-            "{prompt class} whose curve never gets there is not pruned, and neither are the coarsest scales, wherever the "
-            "curve is.",
+            "{rho} is the share of tokens that are more focused than average. Where it falls, a small part of the picture "
+            "stands out and the rest can wait.",
+            _rule(evidence.tau),
         ),
         el("div", *panels, class_="panels"),
         (),
         tuple(tables),
+    )
+
+
+def _rule(tau: float | None) -> str:
+    if tau is None:
+        return (
+            "The plan shown here was found by a search over pictures, which chose {D}, the first pruned scale, for each "
+            "{prompt class} without looking at {rho}."
+        )
+    return (
+        "The first scale where the curve has fallen to {tau} is {D}, and everything before it runs in full. A {prompt class} "
+        "whose curve never gets there is not pruned, and neither are the coarsest scales, wherever the curve is."
     )
 
 
