@@ -377,7 +377,7 @@ def mixes(demo: Demo, args: argparse.Namespace) -> None:
     looking = searcher(demo, calibration, args)
     scales, dense = len(demo.shape.grids), dense_flops(demo.shape).total
     floors = [profile for profile in our_profiles(args.out) if profile.quality_floor != QualityFloor()]
-    whole = {f"drop-{n}": ClassOptions(tokens=Tokens(keep={}), drop_scales=n) for n in range(scales - 1)}
+    whole = {f"drop-{n}": ClassOptions(tokens=Tokens(keep={}), drop_scales=n) for n in range(min(scales, 6))}
     best: dict[float, tuple[float, str, dict[str, ClassOptions]]] = {}
     for roles in dict.fromkeys(str(profile.roles.explicit) for profile in floors):
         pool: dict[str, list[tuple[float, float, ClassOptions]]] = {}
@@ -387,7 +387,10 @@ def mixes(demo: Demo, args: argparse.Namespace) -> None:
                 wish = Profile(schema=SCHEMA, name="mix", roles=Roles(explicit=roles), classes={group: options})
                 plan = make_plan(wish, calibration)
                 cost = plan_flops(demo.shape, plan.roles, plan.for_class(group).keep).total / dense
-                similar = exact_mean(looking.figures(group, pruning(plan, group), held_out=False)["ssim"])
+                way = pruning(plan, group)
+                if plan.for_class(group).depth is None:  # the same pictures whatever the roles
+                    way = dataclasses.replace(way, roles="g" * demo.shape.depth)
+                similar = exact_mean(looking.figures(group, way, held_out=False)["ssim"])
                 pool.setdefault(group, []).append((cost, similar, options))
         for choice in itertools.product(*pool.values()):
             cost, similar = (
@@ -956,14 +959,8 @@ def policy_of(entry: Entry, demo: Demo, table: Table, times: Sequence[dict[str, 
         names = ["ssim", "perceptual", "accuracy", "tokens", *(["bits"] if demo.bitwise else [])]
         metrics = {name: bootstrap(table.column(entry.name, group, name)) for name in names}
         metrics["psnr_db"] = bootstrap(table.column(entry.name, group, "mse"), psnr_db)
-        both = np.concatenate([table.column(name, group, "features") for name in (entry.name, "dense")], axis=1)
-        half = both.shape[1] // 2
-
-        def distance(rows: np.ndarray, half: int = half) -> float:
-            first, second = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :half], rows[:, half:]))
-            return max(0.0, frechet_distance(first, second))
-
-        metrics["frechet"] = bootstrap(both, distance, draws=50)
+        if group == ev.ALL:  # one class has fewer pictures than there are features
+            metrics["frechet"] = frechet_of(table, entry.name)
         own = [one for one in times if one["policy"] == entry.name and group in (ev.ALL, one["prompt_class"])]
         groups[group] = ev.Group(
             images=len(records),
@@ -984,6 +981,17 @@ def policy_of(entry: Entry, demo: Demo, table: Table, times: Sequence[dict[str, 
         settings=dict(entry.settings),
         groups=groups,
     )
+
+
+def frechet_of(table: Table, policy: str) -> ev.Interval:
+    both = np.concatenate([table.column(name, ev.ALL, "features") for name in (policy, "dense")], axis=1)
+    half = both.shape[1] // 2
+
+    def distance(rows: np.ndarray) -> float:
+        first, second = (torch.from_numpy(np.ascontiguousarray(part)) for part in (rows[:, :half], rows[:, half:]))
+        return max(0.0, frechet_distance(first, second))
+
+    return bootstrap(both, distance, draws=100)
 
 
 def with_bundle(policy: ev.Policy, timed: dict[str, Any]) -> ev.Policy:
