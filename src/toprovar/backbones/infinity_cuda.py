@@ -186,7 +186,7 @@ class TextKeys:
     def __init__(self, backbone: Infinity) -> None:
         self._shape = backbone.spec.heads, backbone.spec.head_dim
         attentions = [block.ca for block in cast("Sequence[_Block]", backbone.blocks)]
-        together = torch.stack([ca.mat_kv.weight.detach() for ca in attentions])  # [depth, 2 C, C]
+        together = _behind_each_other([ca.mat_kv.weight.detach() for ca in attentions])  # [depth, 2 C, C]
         for ca, weight in zip(attentions, together, strict=True):
             ca.mat_kv.weight.data = weight
         depth, _, width = together.shape
@@ -199,6 +199,18 @@ class TextKeys:
         flat = source.to(self._weights.dtype).flatten(0, 1).expand(len(self._weights), -1, -1)
         both = torch.baddbmm(self._biases, flat, self._weights).view(-1, 2, tokens, rows, *self._shape)
         return both[:, 0], both[:, 1]
+
+
+def _behind_each_other(weights: Sequence[Tensor]) -> Tensor:
+    """The stack of equal matrices; no copy where a stack of them was made before."""
+    first, size = weights[0], weights[0].numel() * weights[0].element_size()
+    storage = first.untyped_storage().data_ptr()
+    if all(
+        weight.untyped_storage().data_ptr() == storage and weight.data_ptr() == first.data_ptr() + index * size
+        for index, weight in enumerate(weights)
+    ):
+        return first.as_strided((len(weights), *first.shape), (first.numel(), *first.stride()))
+    return torch.stack(list(weights))
 
 
 class FusedStep:
