@@ -247,7 +247,7 @@ def layer_roles(view: View) -> Section | None:
             f"For each layer the {{component ratio}} of its entropy map{where}. A high ratio means a map without much "
             "structure: the layer looks at the whole and stays {global layer|global}. A low one means that it works on "
             "places, and it becomes a {detail layer}. The roles are fixed once for a model, and the first layer is always "
-            "global.",
+            "global." + (" The search took the lowest ratios first, as many as paid." if evidence.tau is None else ""),
         ),
         join(
             charts.legend([("swatch c1", "global, all tokens"), ("swatch c2", "detail, kept tokens only")]),
