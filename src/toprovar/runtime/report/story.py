@@ -34,7 +34,7 @@ from toprovar.runtime.report.view import (
 __all__ = ["Story", "in_short", "sections", "tell", "tiles"]
 
 
-_BEATEN_SHOWN = 4
+_BEATEN_SHOWN = 2
 """Cases that the beginning of the page names; all of them stand with the rivals."""
 
 
