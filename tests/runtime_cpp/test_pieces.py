@@ -154,7 +154,7 @@ def bundle(tmp_path: Path) -> Path:
 
 def test_a_bundle_is_opened(ask, bundle):
     digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
-    assert ask(f"bundle {bundle}") == [f"tiny 6 files 1 spans {digest}"]
+    assert ask(f"bundle {bundle}") == [f"tiny 7 files 1 spans {digest}"]
 
 
 def _edit(bundle: Path, change) -> None:

@@ -6,7 +6,6 @@
 #include <stdexcept>
 
 #include "error.hpp"
-#include "noise.hpp"
 
 namespace toprovar::runtime {
 
@@ -325,17 +324,16 @@ Trace Loop::run(std::string const& promptClass, Condition const& condition, std:
     }
     writeFloats("codes", std::vector<float>(buffers_.at("codes").count(), 0.F));
 
+    NoiseAhead noise(seeds, static_cast<size_t>(manifest_.logits), noisePieces(turns->second));
     Trace trace;
     trace.timing.prefixMs = measured(prefix_);
-    for (Turn const& turn : turns->second) {
+    for (size_t i = 0; i < turns->second.size(); ++i) {
+        Turn const& turn = turns->second[i];
         ScaleTiming timing;
         timing.scale = turn.scale;
         double const begin = now();
         if (turn.hasNoise) {
-            auto* const noise = static_cast<float*>(target_.staging(turn.noise.sizeBytes()));
-            scaleNoise(seeds, static_cast<uint32_t>(turn.scale), static_cast<size_t>(turn.noise.shape[0]),
-                       static_cast<size_t>(manifest_.logits), noise);
-            target_.write(turn.noise, noise);
+            target_.write(turn.noise, noise.wait(i));
         }
         timing.noiseMs = now() - begin;
         timing.stepMs = measured(turn.step);
@@ -359,6 +357,24 @@ Trace Loop::run(std::string const& promptClass, Condition const& condition, std:
     }
     trace.codes = readFloats(codes(last));
     return trace;
+}
+
+// Where the noise of each turn lies in the target's staging memory, one behind the other; none in a loop that takes
+// none.
+std::vector<NoiseAhead::Piece> Loop::noisePieces(std::vector<Turn> const& turns) {
+    size_t bytes = 0;
+    for (Turn const& turn : turns) {
+        bytes += turn.hasNoise ? turn.noise.sizeBytes() : 0;
+    }
+    std::vector<NoiseAhead::Piece> pieces;
+    auto* out = bytes > 0 ? static_cast<float*>(target_.staging(bytes)) : nullptr;
+    for (Turn const& turn : turns) {
+        if (turn.hasNoise) {
+            pieces.push_back({static_cast<uint32_t>(turn.scale), static_cast<size_t>(turn.noise.shape[0]), out});
+            out += turn.noise.count();
+        }
+    }
+    return pieces;
 }
 
 double Loop::measured(Run const& run) {

@@ -8,11 +8,13 @@
 #include <vector>
 
 #include "bundle.hpp"
+#include "noise.hpp"
 #include "target.hpp"
 
 namespace toprovar::runtime {
 
-// Milliseconds of one scale: its noise (on the host), the transformer, and what leads to the next scale.
+// Milliseconds of one scale: how long its noise held it up (a thread draws it ahead), the transformer, and what leads
+// to the next scale.
 struct ScaleTiming {
     int64_t scale = 0;
     double noiseMs = 0;
@@ -89,6 +91,7 @@ private:
     std::vector<int64_t> readTokens(Turn const& turn);
     std::vector<float> readFloats(Buffer const& buffer);
     double measured(Run const& run);
+    std::vector<NoiseAhead::Piece> noisePieces(std::vector<Turn> const& turns);
 
     Bundle const& bundle_;
     Target& target_;

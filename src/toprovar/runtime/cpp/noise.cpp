@@ -1,5 +1,7 @@
 #include "noise.hpp"
 
+#include <utility>
+
 namespace toprovar::runtime {
 
 std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) noexcept {
@@ -39,6 +41,23 @@ void scaleNoise(std::vector<uint64_t> const& seeds, uint32_t scale, size_t token
     for (size_t image = 0; image < seeds.size(); ++image) {
         uniform(seeds[image], scale, tokens * logits, logits, seeds.size() * logits, out + image * logits);
     }
+}
+
+NoiseAhead::NoiseAhead(std::vector<uint64_t> const& seeds, size_t logits, std::vector<Piece> pieces)
+    : pieces_(std::move(pieces)), drawn_(pieces_.size()), thread_([this, &seeds, logits] {
+          for (size_t i = 0; i < pieces_.size(); ++i) {
+              scaleNoise(seeds, pieces_[i].scale, pieces_[i].tokens, logits, pieces_[i].out);
+              drawn_[i].set_value();
+          }
+      }) {}
+
+NoiseAhead::~NoiseAhead() {
+    thread_.join();
+}
+
+float const* NoiseAhead::wait(size_t i) {
+    drawn_[i].get_future().wait();
+    return pieces_[i].out;
 }
 
 }  // namespace toprovar::runtime

@@ -51,7 +51,8 @@ public:
     // Waits until everything queued has run.
     virtual void synchronize() = 0;
 
-    // Memory for buffer.sizeBytes() bytes, from which a copy to the device is fast. It belongs to the target.
+    // Memory of so many bytes, from which a copy to the device is fast and need not be waited for: it belongs to the
+    // target, and what is written from it must stay until the next synchronize().
     virtual void* staging(size_t sizeBytes) = 0;
 };
 

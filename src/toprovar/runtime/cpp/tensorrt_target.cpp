@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <functional>
 #include <vector>
 
 #include "cuda.hpp"
@@ -252,7 +253,9 @@ public:
 
     void write(Buffer const& buffer, void const* values) override {
         cuda_.check(cuda_.cuMemcpyHtoDAsync(buffer.begin(), values, buffer.sizeBytes(), stream_), "copying to the GPU");
-        if (values != staging_) {
+        auto const* const from = static_cast<char const*>(values);
+        auto const* const staged = static_cast<char const*>(staging_);
+        if (std::less<>()(from, staged) || !std::less<>()(from, staged + stagingBytes_)) {
             synchronize();  // the caller may free it
         }
     }
