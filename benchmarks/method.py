@@ -298,6 +298,7 @@ def role_choices(calibration: Calibration) -> list[tuple[str, str]]:
 def measure(demo: Demo, pictures: int, batch: int) -> dict[str, Any]:
     """All tables."""
     prompts = {name: members[:8] for name, members in demo.prompts.items()}
+    device = demo.backbone.device
     calibration = calibrate(
         demo.backbone,
         prompts,
@@ -314,6 +315,7 @@ def measure(demo: Demo, pictures: int, batch: int) -> dict[str, Any]:
         "title": demo.title,
         "checkpoint_sha256": demo.sha256,
         "pictures": pictures,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "machine": describe_machine(),
         "grids": [list(grid) for grid in demo.shape.grids],
         "rho": {name: list(one.rho.mean) for name, one in calibration.classes.items()},
@@ -453,7 +455,7 @@ def _conditions(document: dict[str, Any]) -> list[str]:
     machine = machine_lines(document["machine"])
     return [
         f"- {NAMES[document['demo']]}: checkpoint {document['checkpoint_sha256'][:12]}, {document['pictures']} held-out "
-        f"pictures, {document['arithmetic']:.0%} of the dense arithmetic wherever one choice is changed at a time",
+        f"pictures on {document['device']}, {document['arithmetic']:.0%} of the dense arithmetic wherever one choice is changed at a time",
         *(f"  {line}" for line in machine),
     ]
 
