@@ -130,10 +130,10 @@ def tiny_infinity() -> Infinity:
         head_dim=16,
         ffn_width=256,
         vocab=16,
-        grids=((1, 1), (2, 2), (4, 4), (6, 6)),
+        grids=((1, 1), (2, 2), (4, 4), (5, 5)),
         latent_channels=8,
-        latent_grid=(6, 6),
-        image_size=(12, 12),
+        latent_grid=(5, 5),
+        image_size=(10, 10),
         attention_scale=1.0,
         rope_width=16,
         bits=8,
@@ -159,8 +159,8 @@ def infinity() -> None:
     dense = Pruning.none(backbone.spec)
     cases = [
         (dense, [5, 5]),
-        (Pruning("gdgd", (1, 4, 10, 13), 1), [5, 3]),
-        (Pruning("gdgd", (1, 4, 10, 13), None, "identity"), [5, 5]),
+        (Pruning("gdgd", (1, 4, 10, 11), 1), [5, 3]),
+        (Pruning("gdgd", (1, 4, 10, 11), None, "identity"), [5, 5]),
         (dataclasses.replace(dense, scales_run=(0, 1, 2)), [5, 5]),
     ]
     seeds = [7, 9]
@@ -190,7 +190,7 @@ def graph_loop(backbone: Infinity, text: torch.Tensor) -> None:
     """The loop of target torch, by a bundle's schedule; the second picture follows the tokens of the first."""
     from toprovar.runtime.torch_graphs import GraphLoop
 
-    pruning = Pruning("gdgd", (1, 4, 10, 13), 1, scales_run=(0, 1, 2))
+    pruning = Pruning("gdgd", (1, 4, 10, 11), 1, scales_run=(0, 1, 2))
     steps = [SimpleNamespace(scale=s, keep=pruning.keep[s], capture_span_delta=s == 1) for s in (0, 1, 2)]
     bundle: Any = SimpleNamespace(
         manifest=SimpleNamespace(
