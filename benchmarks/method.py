@@ -455,7 +455,8 @@ def _conditions(document: dict[str, Any]) -> list[str]:
     machine = machine_lines(document["machine"])
     return [
         f"- {NAMES[document['demo']]}: checkpoint {document['checkpoint_sha256'][:12]}, {document['pictures']} held-out "
-        f"pictures on {document['device']}, {document['arithmetic']:.0%} of the dense arithmetic wherever one choice is changed at a time",
+        f"pictures on {document['device']}, {document['arithmetic']:.0%} of the dense arithmetic where "
+        "one choice is changed at a time",
         *(f"  {line}" for line in machine),
     ]
 
