@@ -1108,9 +1108,11 @@ def tau_fit(points: Sequence[Sequence[float]]) -> ev.TauFit:
     drawn = [crossing(rows[generator.integers(0, len(rows), len(rows))]) for _ in range(500)]
     center = crossing(rows)
     correlation = float(np.corrcoef(rows.T)[0, 1]) if rows.std(0).min() > 0 else 0.0
-    within = bool(np.isfinite([center, *drawn]).all()) and 0 <= center <= 1
-    low, high = np.quantile(drawn, (0.025, 0.975)) if within else (0.0, 0.0)
-    tau = ev.Interval(mean=center, low=float(low), high=float(high)) if within else None
+    tau = None
+    if np.isfinite([center, *drawn]).all():
+        low, high = np.quantile(drawn, (0.025, 0.975))
+        if 0 <= low <= center <= high <= 1:  # else the points do not say
+            tau = ev.Interval(mean=center, low=float(low), high=float(high))
     shown = rows[np.linspace(0, len(rows) - 1, min(len(rows), 240)).astype(int)]
     return ev.TauFit(
         points=tuple((round(float(r), 4), round(float(s), 4)) for r, s in shown), tau=tau, correlation=correlation
@@ -1124,14 +1126,17 @@ def errors_of(found: Sequence[dict[str, Any]], names: set[str]) -> Iterator[ev.E
         own = [one for one in found if (one["policy"], one["mode"]) == (policy, mode)]
         for group in [*dict.fromkeys(one["prompt_class"] for one in own), ev.ALL]:
             members = [one for one in own if group in (ev.ALL, one["prompt_class"])]
-            scales = sorted(set.intersection(*(set(one["scales"]) for one in members)))
+            scales = sorted(
+                {s for one in members for s in one["scales"]}
+            )  # a mean over the pictures that ran the scale
 
-            table = {
-                name: tuple(
-                    float(np.mean([v for one in members for v in one[name][one["scales"].index(s)]])) for s in scales
-                )
-                for name in ("token_error", "code_error")
-            }
+            table = {}
+            for name in ("token_error", "code_error"):
+                rows = [
+                    [v for one in members if s in one["scales"] for v in one[name][one["scales"].index(s)]]
+                    for s in scales
+                ]
+                table[name] = tuple(float(np.mean(row)) for row in rows)
             yield ev.Error(policy=policy, prompt_class=group, mode=mode, scales=tuple(scales), **table)
 
 
