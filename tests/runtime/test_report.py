@@ -16,8 +16,10 @@ from PIL import Image
 
 from tests.browser import BROWSERS, Page, browser, find_browser
 from tests.profiles.evidence_sample import sample_evidence
+from toprovar.demo import tour
 from toprovar.errors import FormatError, InputError
 from toprovar.profiles.evidence import ALL, load_evidence, save_evidence
+from toprovar.profiles.manifest import sha256_checkpoint
 from toprovar.runtime import pictures, report
 from toprovar.runtime.report import charts, images
 from toprovar.runtime.report.markup import Markup, el
@@ -219,6 +221,20 @@ def test_parts_that_were_not_measured_are_left_out(view: View) -> None:
         "Not measured, and so not on this page: each rival at its own speed, entropy maps, kept tokens, rho over the "
         "scales, layer roles, pictures, how errors grow, other choices and what the method itself costs.",
     )
+
+
+def test_shipped_measurements_are_of_the_shipped_weights() -> None:
+    weights = tour.EVIDENCE.parent / "weights"
+    files = {"class": ("var", "vae"), "text": ("infinity", "bsq_vae")}
+    found = sorted(tour.EVIDENCE.glob("*.json"))
+    assert found
+    for path in found:
+        part = report.load(path)
+        names = files[path.stem]
+        assert part.evidence.checkpoint_sha256 == sha256_checkpoint(
+            *([weights / f"{one}.safetensors"] for one in names)
+        )
+        assert part.evidence.policy(part.evidence.reference).groups[ALL].images >= 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
