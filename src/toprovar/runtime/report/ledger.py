@@ -28,7 +28,8 @@ def choices(view: View) -> Section | None:
     ablations = [policy for policy in view.policies if policy.family == "ablation"]
     if ablations and view.metrics:
         shown = view.metrics[:4]
-        rows = [_ablation_row(view, policy, shown) for policy in ([view.headline] if view.headline else []) + ablations]
+        whole = _taken_apart(view, ablations)
+        rows = [_ablation_row(view, policy, shown) for policy in ([whole] if whole else []) + ablations]
         columns = ("policy", "what it does", "speed-up", *(METRICS[metric].title for metric in shown))
         tables.append(Table(columns, tuple(rows), "A part switched off or replaced"))
     options = view.evidence.normalisations
@@ -54,6 +55,15 @@ def choices(view: View) -> Section | None:
         (),
         tuple(tables),
     )
+
+
+def _taken_apart(view: View, ablations: Sequence[Policy]) -> Policy | None:
+    """The policy of ours that the ablations are made of: ``ours-NAME`` where they are called ``NAME-...``."""
+    for policy in view.ours:
+        name = policy.name.removeprefix("ours-")
+        if all(one.name.startswith(f"{name}-") for one in ablations):
+            return policy
+    return None
 
 
 def _ablation_row(view: View, policy: Policy, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -98,52 +108,42 @@ def costs(view: View) -> Section | None:
 def numbers(view: View) -> Section | None:
     tables = []
     for group in view.groups:
-        rows = [row for policy in view.policies if (row := _number_row(view, policy, group))]
+        rows = [_number_cells(view, policy, group) for policy in view.policies if group in policy.groups]
         title = "All prompts" if group == ALL else f"{group.capitalize()} prompts"
         if rows:
-            tables.append(Table(_number_columns(view), tuple(rows), title, folded=group != ALL))
-    return (
-        Section(
-            "numbers",
-            "All numbers",
-            ("Means with {interval|intervals} in brackets. A click on a heading sorts.",),
-            None,
-            (),
-            tuple(tables),
-        )
-        if tables
-        else None
+            cells = tuple(tuple(row.values()) for row in rows)
+            tables.append(Table(tuple(rows[0]), cells, title, folded=group != ALL))
+    if not tables:
+        return None
+    return Section(
+        "numbers",
+        "All numbers",
+        ("Means with {interval|intervals} in brackets. A click on a heading sorts.",),
+        None,
+        (),
+        tuple(tables),
     )
 
 
-def _number_columns(view: View) -> tuple[str, ...]:
-    columns = ["policy", "pictures"]
-    for cost in view.costs:
-        columns += [
-            "GFLOP" if cost == FLOPS else f"{view.cost_name(cost)}, ms",
-            "speed-up" if cost != FLOPS else "less arithmetic",
-        ]
-    if any(view.total(group) for policy in view.policies for group in policy.groups.values()):
-        columns.append("whole picture, ms")
-    return (*columns, *(METRICS[metric].title for metric in view.metrics))
-
-
-def _number_row(view: View, policy: Policy, group: str) -> tuple[str, ...] | None:
-    figures = policy.groups.get(group)
-    if figures is None:
-        return None
-    cells = [policy.title, str(figures.images)]
+def _number_cells(view: View, policy: Policy, group: str) -> dict[str, str]:
+    """Column -> cell; the same columns for every policy."""
+    figures = policy.groups[group]
+    cells, sizes = {"policy": policy.title}, {}
     for cost in view.costs:
         value, speed = view.cost(policy, group, cost), view.speed_up(policy, group, cost)
-        cells += ["" if value is None else giga(value.mean), "" if speed is None else f"{speed:.2f} ×"]
-    if "whole picture, ms" in _number_columns(view):
-        total = view.total(figures)
-        cells.append("" if total is None else giga(total.median_ms))
+        name = view.cost_name(cost)
+        cells["of the arithmetic" if cost == FLOPS else f"speed-up, {name}"] = (
+            "" if speed is None else f"{1 / speed:.1%}" if cost == FLOPS else f"{speed:.2f} ×"
+        )
+        sizes["GFLOP" if cost == FLOPS else f"{name}, ms"] = "" if value is None else giga(value.mean)
     for metric in view.metrics:
-        quality = figures.metrics.get(metric)
-        equal = quality is None and metric == "psnr_db" and policy is view.reference
-        cells.append("equal" if equal else with_interval(metric, quality))
-    return tuple(cells)
+        quality = view.metric(policy, group, metric)
+        equal = metric == "psnr_db" and policy is view.reference
+        cells[METRICS[metric].title] = "equal" if equal else with_interval(metric, quality)
+    if any(view.total(one) for every in view.policies for one in every.groups.values()):
+        total = view.total(figures)
+        sizes["whole picture, ms"] = "" if total is None else giga(total.median_ms)
+    return {**cells, **sizes, "pictures": str(figures.images)}
 
 
 def how(view: View, missing: Sequence[str]) -> Section:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 
@@ -110,13 +111,7 @@ def _table(table: Table) -> Markup:
             *(el("th", column, scope="col", class_=style) for column, style in zip(table.columns, styles, strict=True)),
         )
     rows = [
-        el(
-            "tr",
-            *(
-                el("td" if i else "th", cell, scope=None if i else "row", class_="long" if i in long else None)
-                for i, cell in enumerate(row)
-            ),
-        )
+        el("tr", el("th", row[0], scope="row"), *(_cell(text, i in long) for i, text in enumerate(row[1:], 1)))
         for row in table.rows
     ]
     grid = el(
@@ -128,6 +123,16 @@ def _table(table: Table) -> Markup:
     if table.folded:
         return el("details", el("summary", table.title), grid, class_="fold")
     return join(el("h4", table.title) if table.title else None, grid)
+
+
+_INTERVAL = re.compile(r"(\S+) (\(\S+ to \S+\))")
+
+
+def _cell(text: str, is_long: bool) -> Markup:
+    """A cell; an interval goes under its mean."""
+    if match := _INTERVAL.fullmatch(text):
+        return el("td", match[1], el("small", match[2]))
+    return el("td", text, class_="long" if is_long else None)
 
 
 def _words() -> Markup:

@@ -104,8 +104,11 @@ class View:
         return None if own is None or dense is None else dense.mean / own.mean
 
     def metric(self, policy: Policy, group: str, metric: str) -> Interval | None:
+        """None where it was not measured, and for the reference's PSNR: equal pictures have none."""
         figures = policy.groups.get(group)
-        return None if figures is None else figures.metrics.get(metric)
+        if figures is None or (metric == "psnr_db" and policy is self.reference):
+            return None
+        return figures.metrics.get(metric)
 
     def kept_accuracy(self, policy: Policy, group: str = ALL) -> float | None:
         """Share of the reference's accuracy."""
