@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,22 +112,36 @@ def test_two_targets_make_the_same_pictures(bundle: Path, checkpoint: Checkpoint
     assert "1.0000" in rows[0] and rows[1] == "| all | 100.0% | 100.0% | 100.0% | 100.0% | 100.0% |"
 
 
+def _small_var(var: Path, vae: Path, labels: Path) -> Source:
+    """In place of the embedded checkpoint; called in another process, as the next one."""
+    return Source("small", "var", var, vae, read_labels(labels), SamplingWish(top_k=1))
+
+
+def _small_text(folder: Path) -> Source:
+    prompts = tuple(Prompt(text, name) for name, texts in PROMPTS.items() for text in texts)
+    return Source(
+        "words",
+        "infinity",
+        folder / "infinity.safetensors",
+        folder / "vae.safetensors",
+        text=TextSource("t5", lambda: load_text_encoder(folder / "t5"), prompts=prompts),
+        load_options={"resolution": RESOLUTION},
+    )
+
+
 @pytest.mark.slow
 def test_the_tour_makes_every_bundle_and_a_report(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`toprovar demo` with smaller models in place of the embedded ones."""
-    labels = read_labels(checkpoint.labels)
-    source = Source("small", "var", checkpoint.var, checkpoint.vae, labels, SamplingWish(top_k=1))
-    other = TextCheckpoint(tmp_path / "text")
-    prompts = tuple(Prompt(text, name) for name, texts in PROMPTS.items() for text in texts)
-    encoder = TextSource("t5", lambda: load_text_encoder(other.t5), prompts=prompts)
-    text = Source("words", "infinity", other.infinity, other.vae, text=encoder, load_options={"resolution": RESOLUTION})
+    small_var = partial(_small_var, checkpoint.var, checkpoint.vae, checkpoint.labels)
+    small_text = partial(_small_text, TextCheckpoint(tmp_path / "text").folder)
     demos = (
-        tour.Demo("class", lambda: source, ("thing 0", "thing 1")),
-        tour.Demo("text", lambda: text, (PROMPTS["plain"][0], PROMPTS["fine"][0]), ("fast",), per_class=1),
+        tour.Demo("class", small_var, ("thing 0", "thing 1")),
+        tour.Demo("text", small_text, (PROMPTS["plain"][0], PROMPTS["fine"][0]), ("fast",), per_class=1),
     )
     monkeypatch.setattr(tour, "DEMOS", demos)
+    monkeypatch.setattr(tour, "EVIDENCE", tmp_path / "none stored")
     out = tmp_path / "out"
     result = run("demo", "-o", out, "--threads", 1)
     assert result.exit_code == 0, result.output

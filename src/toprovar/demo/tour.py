@@ -6,9 +6,16 @@ pictures and figures of all of them on one page. One checkpoint takes class labe
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from toprovar.demo.embedded import embedded_source, embedded_text_source
 from toprovar.demo.labels import PROMPT_CLASSES
@@ -17,6 +24,7 @@ from toprovar.exporter.source import Source, named_profile
 from toprovar.profiles.calibration import save_calibration
 from toprovar.profiles.profile import SHIPPED
 from toprovar.runtime import report
+from toprovar.runtime.machine import usable_cores
 from toprovar.runtime.session import Session
 
 __all__ = ["DEMOS", "Demo", "run"]
@@ -82,24 +90,48 @@ def run(
     Raises:
         ToprovarError: the embedded checkpoint is missing, or the folder cannot be written.
     """
-    measured = [_one(demo, output / demo.folder, threads, seed, repeat, on_stage) for demo in DEMOS]
+    measured = []
+    for demo, bundles in zip(DEMOS, _build_all(output, seed, on_stage), strict=True):
+        on_stage(f"{demo.folder} demo: verify, measure and compare")
+        measured.append(_measure(demo, bundles, threads, seed, repeat))
     stored = [report.load(path) for path in sorted(EVIDENCE.glob("*.json"))]
     return report.write([*stored, *measured], output / "report.html")
 
 
-def _one(
-    demo: Demo, output: Path, threads: int | None, seed: int, repeat: int, on_stage: Callable[[str], None]
-) -> report.Part:
-    """Bundles of one checkpoint, measured and compared."""
+def _build_all(output: Path, seed: int, on_stage: Callable[[str], None]) -> list[list[Path]]:
+    """The bundles of every demo. Each is built in a process of its own, since tracing a graph keeps one core busy."""
+    context = multiprocessing.get_context("spawn")
+    lines: Any = context.Queue()
+    cores = max(1, usable_cores() // len(DEMOS))
+    with ProcessPoolExecutor(len(DEMOS), context, _begin, (lines, cores)) as pool:
+        jobs = [pool.submit(_build, demo, output / demo.folder, seed) for demo in DEMOS]
+        while not (all(job.done() for job in jobs) and lines.empty()):
+            with contextlib.suppress(queue.Empty):
+                on_stage(lines.get(timeout=0.2))
+        return [job.result() for job in jobs]
+
+
+_lines: Any = None
+"""Where a building process says what it does."""
+
+
+def _begin(lines: Any, cores: int) -> None:
+    global _lines
+    _lines = lines
+    torch.set_num_threads(cores)
+
+
+def _build(demo: Demo, output: Path, seed: int) -> list[Path]:
+    """Calibration and bundles of one checkpoint."""
 
     def say(what: str) -> None:
-        on_stage(f"{demo.folder} demo: {what}")
+        _lines.put(f"{demo.folder} demo: {what}")
 
     output.mkdir(parents=True, exist_ok=True)
     say("load the embedded checkpoint")
     checkpoint = build.load(demo.source())
     say("calibrate")
-    calibration = build.measure(checkpoint, per_class=demo.per_class, seeds=[seed])
+    calibration = build.measure(checkpoint, per_class=demo.per_class, seeds=[seed], progress=False)
     save_calibration(output / "calibration.json", calibration)
 
     wishes = [
@@ -113,9 +145,11 @@ def _one(
         plan = build.decide(checkpoint, wish, calibration)
         bundles.append(output / f"{wish.name}.bundle")
         build.assemble(checkpoint, plan, calibration if "d" in plan.roles else None, bundles[-1], golden_seed=seed)
-    del checkpoint
+    return bundles
 
-    say("verify, measure and compare")
+
+def _measure(demo: Demo, bundles: Sequence[Path], threads: int | None, seed: int, repeat: int) -> report.Part:
+    """The bundles of one checkpoint, verified, timed and compared, with nothing else running."""
     sessions = [Session(bundle, threads=threads) for bundle in bundles]
     seeds = [seed + i for i in range(len(demo.pictures))]
     asked: Sequence[str] | None = demo.pictures

@@ -49,6 +49,8 @@ EXTERNAL_DATA_BYTES = 1_800_000_000
 IR_VERSION = 10
 """Of ONNX 1.16: runtimes of the last two years read it. Default attributes of functions came with 9."""
 
+_CHECKED = "toprovar.checked"
+
 # Sizes while tracing. Those of different dimensions differ, and none is 0 or 1, which torch.export takes for constants.
 _SIZES = {"N": 6, "K": 3, "P": 7, "P_global": 7, "P_detail": 5, "M": 4, "h": 2, "w": 3, "hc": 8, "wc": 9}
 
@@ -559,6 +561,7 @@ def save_graph(
     data = path.name + ".data"
     ir.save(graph.model, path, external_data=data if external else None)
     files = [path, path.with_name(data)] if external and path.with_name(data).exists() else [path]
-    if check:
+    if check and not graph.model.meta.get(_CHECKED):  # once: in another bundle only the metadata differ
         onnx.checker.check_model(str(path), full_check=True)
+        graph.model.meta[_CHECKED] = True
     return files
