@@ -19,6 +19,7 @@ import gc
 import itertools
 import json
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -283,6 +284,7 @@ def main() -> None:
         "python": platform.python_version(),
         "commit": commit,
         "text_tokens": TEXT_TOKENS,
+        "calibration": arguments.calibration.name,
         "calibration_sha256": calibration.sha256,
         **rates(),
         "rows": [],
@@ -341,9 +343,10 @@ def run_case(
 
 
 def save(report: dict[str, Any], folder: Path) -> None:
-    """Writes what is measured so far, JSON and Markdown."""
+    """Writes what is measured so far, JSON and Markdown, by the name of the GPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("infinity.json", json.dumps(report, indent=1) + "\n"), ("infinity.md", markdown(report))):
+    stem = "infinity-" + re.sub(r"[^a-z0-9]+", "-", report["gpu"].lower())
+    for name, text in ((f"{stem}.json", json.dumps(report, indent=1) + "\n"), (f"{stem}.md", markdown(report))):
         beside = folder / f".{name}"
         beside.write_text(text)
         beside.replace(folder / name)
@@ -354,8 +357,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Infinity at 1024 x 1024, CFG, bf16, random weights, {report['text_tokens']} text tokens; {report['gpu']}, "
         f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
-        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: of the profile, from the "
-        f"text demo's calibration {report['calibration_sha256'][:12]}; `of floor`: the transformer's, by its plan's FLOPs.",
+        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: of the profile, from "
+        f"{report['calibration']} ({report['calibration_sha256'][:12]}); `of floor`: the transformer's, by its plan's FLOPs.",
         "",
         "| model | batch | plan | scales | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | "
         "to dense | GiB |",
@@ -372,6 +375,8 @@ def markdown(report: dict[str, Any]) -> str:
     originals = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in ORIGINAL_S.items())
     fastvar = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in FASTVAR_S.items())
     lines += ["", f"On an H100, batch 1: original code {originals}; FastVAR's own code {fastvar}.", ""]
+    if "note" in report:
+        lines += [report["note"], ""]
     return "\n".join(lines)
 
 
