@@ -68,6 +68,9 @@ class Axis:
             share = (value - self.low) / (self.high - self.low)
         return round(100 * (1 - share if self.flipped else share), 2)
 
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
     def ticks(self, about: int = 5) -> list[float]:
         """Round values inside the range."""
         if self.log:
@@ -112,8 +115,11 @@ def scatter_layout(
     Returns: ``marks`` by key (x, y, their intervals, the side of the label, the tip), ``xt`` and ``yt`` (place and text of
     ticks), ``front`` and ``series`` (paths in a 100 x 100 box).
     """
-    x_axis = Axis.around([v for mark in marks for v in (mark.x.low, mark.x.high)], may_log=True)
-    y_axis = Axis.around([v for mark in marks for v in (mark.y.low, mark.y.high)], flipped=not higher_is_better)
+    compared = [mark for mark in marks if mark.family != "ablation"]
+    x_axis = Axis.around([v for mark in compared for v in (mark.x.low, mark.x.high)], may_log=True)
+    y_axis = Axis.around([v for mark in compared for v in (mark.y.low, mark.y.high)], flipped=not higher_is_better)
+    # An ablation far off the others would squeeze them; the tables have it.
+    marks = [mark for mark in marks if x_axis.holds(mark.x.mean) and y_axis.holds(mark.y.mean)]
     at = {mark.key: (x_axis.place(mark.x.mean), y_axis.place(mark.y.mean)) for mark in marks}
     sides = _label_sides(marks, at)
     placed = {}
@@ -121,7 +127,6 @@ def scatter_layout(
         lows = sorted((y_axis.place(mark.y.low), y_axis.place(mark.y.high)))
         spans = [x_axis.place(mark.x.low), x_axis.place(mark.x.high), *lows]
         placed[mark.key] = [*at[mark.key], *spans, sides[mark.key], mark.tip]
-    compared = [mark for mark in marks if mark.family != "ablation"]
     front: list[tuple[float, float]] = []
     for x, y in sorted((at[mark.key] for mark in compared), key=lambda p: (p[0], -p[1])):
         if not front or y > front[-1][1]:

@@ -72,7 +72,12 @@ def trade(view: View) -> Section | None:
         ),
         charts.scatter(first, every, first["x"], first["y"]),
         el("p", first["note"], class_="note"),
-        el("label", el("input", type="checkbox", data_ablations=True), " show ablations", class_="tick")
+        el(
+            "label",
+            el("input", type="checkbox", data_ablations=True),
+            " show ablations (those in range)",
+            class_="tick",
+        )
         if "ablation" in families
         else None,
         _key(view),
