@@ -372,7 +372,7 @@ def share_of(looking: Search, group: str, roles: str) -> tuple[dict[str, Candida
 
 
 def mixes(demo: Demo, args: argparse.Namespace) -> None:
-    """A profile for each budget, chosen on the pictures that were searched on."""
+    """A profile for each budget, chosen on all pictures of the search, none of which quality is measured on."""
     calibration = measured(demo, args)
     looking = searcher(demo, calibration, args)
     scales, dense = len(demo.shape.grids), dense_flops(demo.shape).total
@@ -390,7 +390,8 @@ def mixes(demo: Demo, args: argparse.Namespace) -> None:
                 way = pruning(plan, group)
                 if plan.for_class(group).depth is None:  # the same pictures whatever the roles
                     way = dataclasses.replace(way, roles="g" * demo.shape.depth)
-                similar = exact_mean(looking.figures(group, way, held_out=False)["ssim"])
+                halves = [looking.figures(group, way, held_out=half)["ssim"] for half in (False, True)]
+                similar = exact_mean([value for half in halves for value in half])
                 pool.setdefault(group, []).append((cost, similar, options))
         for choice in itertools.product(*pool.values()):
             cost, similar = (
