@@ -1,9 +1,9 @@
 """Replay a bundle's golden trace: the same prompts and seeds must give the same tokens and the same pictures.
 
 Sampling is discontinuous: one token that flips changes every scale behind it. So each scale is shown the golden tokens
-of the scales before it, and its own are compared. In fp32 all of them must be equal. In half precision two correct
-runtimes choose differently where two tokens are as likely within rounding: PyTorch and ONNX Runtime do so for 0.3 to 0.5
-percent of the demo's tokens in fp16. A kernel that is wrong changes far more than `MOST_FLIPS` of them.
+of the scales before it, and its own are compared. Two correct runtimes choose differently where two tokens are as likely
+within rounding: in fp16 PyTorch and ONNX Runtime do so for 0.3 to 0.5 percent of the class demo's tokens, in fp32 for one of
+the text demo's 40336 bits. A kernel that is wrong changes far more than `MOST_FLIPS` of them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ __all__ = ["IMAGE_TOLERANCE", "ClassVerdict", "Verdict", "verify"]
 
 IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2 / 255, "bfloat16": 2 / 255}
 """Largest difference of a pixel in [0, 1] between two targets: a quarter of one step of 8 bits, two steps in half."""
-MOST_FLIPS = {"float32": 0.0, "float16": 0.02, "bfloat16": 0.1}
-"""Largest part of the tokens (of the bits, where a token is made of bits) that may differ."""
+MOST_FLIPS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+"""Largest part of the tokens (of the bits, where a token is made of bits) that may differ; in fp32 less than one token of the
+class demo, four bits of the text demo."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ClassVerdict:
         if scale is not None:
             found = (
                 f"scale {scale} is the first that differs, in {self.wrong_tokens[scale]} of {self.tokens[scale]} tokens, "
-                f"all scales in {self.flips:.2%} (at most {self.most_flips:.0%})"
+                f"all scales in {self.flips:.2%} (at most {self.most_flips:.2%})"
             )
         else:
             found = f"tokens of all {len(self.tokens)} scales are equal"
