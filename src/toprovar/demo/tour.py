@@ -73,7 +73,7 @@ def run(
     *,
     threads: int | None = None,
     seed: int = 0,
-    repeat: int = 3,
+    repeat: int = 2,
     on_stage: Callable[[str], None] = lambda what: None,
 ) -> tuple[Path, ...]:
     """Make bundles, report and grid in `output`; what is there of an earlier run is replaced.
