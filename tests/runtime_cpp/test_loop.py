@@ -64,7 +64,9 @@ def test_a_wrong_trace_is_found_with_the_scale_where_it_begins(run, tmp_path):
     (root / "manifest.json").write_text(json.dumps(manifest))
     done = run(root, "--verify")
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0].startswith("object: WRONG, 2 images; scale 1 is the first with tokens that differ,")
+    assert done.stdout.splitlines()[0].startswith(
+        "object: WRONG, 2 images; scale 1 is the first with tokens that differ,"
+    )
     done = run(root, "--bench")
     assert done.returncode == 2
     assert "fails its golden trace, so nothing is measured" in done.stderr
