@@ -62,8 +62,6 @@ SCHEMA: Final = "toprovar.evidence/1"
 ALL: Final = "all"
 """Key of the group that holds every prompt class."""
 
-MAX_ARRAY_BYTES = 256 * 2**20
-
 Arrays = dict[str, npt.NDArray[Any]]
 
 
