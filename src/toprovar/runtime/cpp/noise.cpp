@@ -1,37 +1,64 @@
 #include "noise.hpp"
 
+#include <algorithm>
+#include <array>
 #include <utility>
 
 namespace toprovar::runtime {
 
-std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) noexcept {
-    auto [c0, c1, c2, c3] = counter;
-    auto [k0, k1] = key;
+namespace {
+
+constexpr size_t kBLOCKS = 64;  // side by side, so that the compiler uses vector instructions: twice as fast as one
+using Words = std::array<uint32_t, kBLOCKS>;
+
+// Ten rounds of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in place.
+void philox4x32(Words& c0, Words& c1, Words& c2, Words& c3, uint32_t k0, uint32_t k1) noexcept {
     for (int round = 0; round < 10; ++round) {
-        uint64_t const product0 = uint64_t{c0} * 0xD2511F53U;
-        uint64_t const product1 = uint64_t{c2} * 0xCD9E8D57U;
-        c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-        c1 = static_cast<uint32_t>(product1);
-        c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-        c3 = static_cast<uint32_t>(product0);
+        for (size_t i = 0; i < kBLOCKS; ++i) {
+            uint64_t const product0 = uint64_t{c0[i]} * 0xD2511F53U;
+            uint64_t const product1 = uint64_t{c2[i]} * 0xCD9E8D57U;
+            c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ k0;
+            c1[i] = static_cast<uint32_t>(product1);
+            c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ k1;
+            c3[i] = static_cast<uint32_t>(product0);
+        }
         k0 += 0x9E3779B9U;
         k1 += 0xBB67AE85U;
     }
-    return {c0, c1, c2, c3};
 }
 
+// Nine bits are dropped: with 24 kept, the largest value would round to 1, whose Gumbel noise is infinite. By way of a
+// signed integer, which every processor converts in one instruction.
+float uniformOf(uint32_t word) noexcept {
+    return (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5F) * 0x1p-23F;
+}
+
+}  // namespace
+
 void uniform(uint64_t seed, uint32_t scale, size_t count, size_t run, size_t stride, float* out) noexcept {
-    std::array<uint32_t, 2> const key{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-    size_t row = 0;
+    std::array<float, 4 * kBLOCKS> values;
     size_t column = 0;
-    for (size_t i = 0; i < count; i += 4) {
-        auto const words = philox4x32({static_cast<uint32_t>(i / 4), scale, 0, 0}, key);
-        for (size_t j = 0; j < 4 && i + j < count; ++j) {
-            // Nine bits are dropped: with 24 kept, the largest value would round to 1, whose Gumbel noise is infinite.
-            out[row * stride + column] = (static_cast<float>(words[j] >> 9) + 0.5F) * 0x1p-23F;
-            if (++column == run) {
+    for (size_t first = 0; first < count; first += values.size()) {
+        Words c0, c1, c2{}, c3{};
+        for (size_t i = 0; i < kBLOCKS; ++i) {
+            c0[i] = static_cast<uint32_t>(first / 4 + i);
+            c1[i] = scale;
+        }
+        philox4x32(c0, c1, c2, c3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+        for (size_t i = 0; i < kBLOCKS; ++i) {
+            values[4 * i] = uniformOf(c0[i]);
+            values[4 * i + 1] = uniformOf(c1[i]);
+            values[4 * i + 2] = uniformOf(c2[i]);
+            values[4 * i + 3] = uniformOf(c3[i]);
+        }
+        for (size_t from = 0, end = std::min(values.size(), count - first); from < end;) {
+            size_t const piece = std::min(run - column, end - from);
+            std::copy_n(&values[from], piece, out + column);
+            from += piece;
+            column += piece;
+            if (column == run) {
                 column = 0;
-                ++row;
+                out += stride;
             }
         }
     }
@@ -44,19 +71,24 @@ void scaleNoise(std::vector<uint64_t> const& seeds, uint32_t scale, size_t token
 }
 
 NoiseAhead::NoiseAhead(std::vector<uint64_t> const& seeds, size_t logits, std::vector<Piece> pieces)
-    : pieces_(std::move(pieces)), drawn_(pieces_.size()), thread_([this, &seeds, logits] {
-          for (size_t i = 0; i < pieces_.size(); ++i) {
-              scaleNoise(seeds, pieces_[i].scale, pieces_[i].tokens, logits, pieces_[i].out);
-              drawn_[i].set_value();
-          }
-      }) {}
+    : pieces_(std::move(pieces)), drawn_(pieces_.size()) {
+    for (std::promise<void>& one : drawn_) {
+        waits_.push_back(one.get_future());  // before the thread, which sets the promise, begins
+    }
+    thread_ = std::thread([this, &seeds, logits] {
+        for (size_t i = 0; i < pieces_.size(); ++i) {
+            scaleNoise(seeds, pieces_[i].scale, pieces_[i].tokens, logits, pieces_[i].out);
+            drawn_[i].set_value();
+        }
+    });
+}
 
 NoiseAhead::~NoiseAhead() {
     thread_.join();
 }
 
 float const* NoiseAhead::wait(size_t i) {
-    drawn_[i].get_future().wait();
+    waits_[i].wait();
     return pieces_[i].out;
 }
 

@@ -1,7 +1,6 @@
 // What a seed means: the noise of profiles/noise.py, bit by bit. Value i of scale s depends on (seed, s, i) alone.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <future>
@@ -10,11 +9,8 @@
 
 namespace toprovar::runtime {
 
-// Ten rounds of Philox4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-std::array<uint32_t, 4> philox4x32(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) noexcept;
-
-// The first `count` values of one scale of one picture, in the open interval (0, 1), to out[0], out[stride], ... in
-// runs of `run` values that lie `stride` apart.
+// The first `count` values of one scale of one picture, in the open interval (0, 1): runs of `run` values that begin at
+// out[0], out[stride], out[2 * stride], ...
 void uniform(uint64_t seed, uint32_t scale, size_t count, size_t run, size_t stride, float* out) noexcept;
 
 // Noise of one scale of a batch, [N, B, V]: picture b has the values of its own seed in the order [N, V].
@@ -41,6 +37,7 @@ public:
 private:
     std::vector<Piece> pieces_;
     std::vector<std::promise<void>> drawn_;
+    std::vector<std::future<void>> waits_;
     std::thread thread_;
 };
 
