@@ -124,7 +124,12 @@ def run(name: str, folder: Path, prompts: int, device: str) -> list[dict[str, An
     gc.collect()
     torch.cuda.empty_cache()  # the commands need the room
     write_prompts(folder, prompts, SIZES[name][0].text_width)
-    model: list[object] = ["--backbone", "infinity" if name not in ("2b", "8b") else f"infinity-{name}", "--device", device]
+    model: list[object] = [
+        "--backbone",
+        "infinity" if name not in ("2b", "8b") else f"infinity-{name}",
+        "--device",
+        device,
+    ]
     model += ["--checkpoint", checkpoint, "--vae", vae]
     model += ["--features", folder / "features.npz", "--text-tokens", TEXT_TOKENS, "--resolution", RESOLUTION]
     calibration, bundle = folder / f"{name}.json", folder / f"{name}.bundle"
