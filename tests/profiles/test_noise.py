@@ -20,16 +20,20 @@ def words(text):
     return tuple(int(word, 16) for word in text.split())
 
 
+def philox(counter, key):
+    return tuple(int(word[0]) for word in philox4x32(np.array(counter, np.uint64)[:, None], key))
+
+
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
 def test_philox_gives_the_published_known_answers(counter, key, expected):
-    assert tuple(int(word) for word in philox4x32(words(counter), words(key))) == words(expected)
+    assert philox(words(counter), words(key)) == words(expected)
 
 
 def test_uniform_follows_the_stated_formula():
     seed, scale = 0x0123456789ABCDEF, 7
     values = uniform(seed, scale, 11)
     for i, value in enumerate(values):
-        word = int(philox4x32((i // 4, scale, 0, 0), (0x89ABCDEF, 0x01234567))[i % 4])
+        word = philox((i // 4, scale, 0, 0), (0x89ABCDEF, 0x01234567))[i % 4]
         assert float(value) == ((word >> 9) + 0.5) * 2.0**-23
 
 

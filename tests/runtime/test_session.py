@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 
 from toprovar.errors import BundleError, InputError, TargetError
+from toprovar.profiles.noise import scale_noise
 from toprovar.runtime.bundle import open_bundle
 from toprovar.runtime.session import Session, TextFeatures
-from toprovar.runtime.target import Buffer
+from toprovar.runtime.target import Array, Buffer
 from toprovar.runtime.verify import verify
 
 from . import tiny
@@ -93,6 +95,33 @@ def test_a_picture_that_follows_the_tokens_of_another(session: Session) -> None:
     first = min(given)
     np.testing.assert_array_equal(followed.tokens[0][first], own.tokens[0][first])
     assert any((own.tokens[0][scale] != tokens[0]).any() for scale, tokens in given.items())
+
+
+def test_noise_is_drawn_ahead_and_not_for_a_picture_that_was_interrupted(
+    shared_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[tuple[int, int]] = []
+    second_began, go_on = Event(), Event()
+
+    def draw(seeds: list[int], scale: int, tokens: int, logits: int) -> Array:
+        began.append((seeds[0], scale))
+        if scale == 1:
+            second_began.set()
+            go_on.wait(5)
+        return scale_noise(seeds, scale, tokens, logits)
+
+    def interrupt(done: int, of: int) -> None:
+        assert done == 1 and second_began.wait(5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("toprovar.runtime.loop.scale_noise", draw)
+    session = Session(shared_bundle, threads=1)
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(["disc"], [1], on_scale=interrupt)
+    go_on.set()
+    image = session.generate(["disc"], [2]).images[0]
+    assert began == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
+    np.testing.assert_allclose(image, expected("disc", 2).image, atol=1e-6)
 
 
 def test_labels_by_name_and_by_number(session: Session) -> None:

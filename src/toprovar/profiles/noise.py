@@ -24,34 +24,34 @@ __all__ = ["philox4x32", "scale_noise", "uniform"]
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_LOW = np.uint64(0xFFFFFFFF)
+_LOW = 0xFFFFFFFF
 _HALF = np.uint64(32)
-_CHUNK_BLOCKS = 1 << 14  # 4 words of 8 bytes each: the working set stays in the second-level cache
+_CHUNK_BLOCKS = 1 << 15  # five arrays of 8 bytes a block: about what a second-level cache holds
 _DROPPED_BITS = np.uint32(9)
 
 
-def philox4x32(counter: tuple[npt.ArrayLike, ...], key: tuple[int, int]) -> tuple[npt.NDArray[np.uint64], ...]:
+def philox4x32(counter: npt.NDArray[np.uint64], key: tuple[int, int]) -> tuple[npt.NDArray[np.uint64], ...]:
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: four words below 2^32, scalars or arrays that broadcast to one shape.
+        counter: ``[4, n]``, words below 2^32. It is written over, so that a round allocates nothing.
         key: two words below 2^32.
 
     Returns:
-        Four arrays of that shape: uint64 that hold words below 2^32.
+        The four words of every output, ``[n]`` each, below 2^32: views of ``counter``.
     """
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
+    c0, c1, c2, c3 = counter
+    high = np.empty_like(c0)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        product0 = c0 * _MULTIPLIERS[0]
-        product1 = c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            (product1 >> _HALF) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW,
-            (product0 >> _HALF) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
+        for word, multiplier, mixed, round_key in ((c2, _MULTIPLIERS[1], c1, k0), (c0, _MULTIPLIERS[0], c3, k1)):
+            np.multiply(word, multiplier, out=word)
+            np.right_shift(word, _HALF, out=high)
+            np.bitwise_and(word, np.uint64(_LOW), out=word)
+            np.bitwise_xor(mixed, high, out=mixed)
+            np.bitwise_xor(mixed, np.uint64(round_key), out=mixed)
+        c0, c1, c2, c3 = c1, c2, c3, c0  # where each new word lies
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
     return c0, c1, c2, c3
 
 
@@ -69,15 +69,19 @@ def uniform(seed: int, scale: int, count: int) -> npt.NDArray[np.float32]:
     for name, value, limit in (("seed", seed, 1 << 64), ("scale", scale, 1 << 32), ("count", count, (1 << 34) + 1)):
         if not 0 <= value < limit:
             raise InputError(f"noise: {name} is {value}; valid is 0 to {limit - 1}")
-    key = (seed & 0xFFFFFFFF, seed >> 32)
+    key = (seed & _LOW, seed >> 32)
     blocks = -(-count // 4)
     values = np.empty((blocks, 4), dtype=np.float32)
+    counters = np.empty((4, min(blocks, _CHUNK_BLOCKS)), dtype=np.uint64)
     for start in range(0, blocks, _CHUNK_BLOCKS):
-        index = np.arange(start, min(start + _CHUNK_BLOCKS, blocks), dtype=np.uint64)
-        for column, word in enumerate(philox4x32((index, scale, 0, 0), key)):
-            values[start : start + len(index), column] = word.astype(np.uint32) >> _DROPPED_BITS
-    values += np.float32(0.5)
-    values *= np.float32(2.0**-23)
+        chunk = values[start : start + _CHUNK_BLOCKS]
+        counter = counters[:, : len(chunk)]
+        counter[0] = np.arange(start, start + len(chunk))
+        counter[1:] = [[scale], [0], [0]]
+        for column, word in enumerate(philox4x32(counter, key)):
+            chunk[:, column] = word.astype(np.uint32) >> _DROPPED_BITS
+        chunk += np.float32(0.5)
+        chunk *= np.float32(2.0**-23)
     return values.reshape(-1)[:count]
 
 
@@ -86,6 +90,8 @@ def scale_noise(seeds: tuple[int, ...] | list[int], scale: int, tokens: int, log
 
     A picture is the same whatever batch it is computed in.
     """
+    if len(seeds) == 1:
+        return uniform(seeds[0], scale, tokens * logits).reshape(tokens, 1, logits)
     noise = np.empty((tokens, len(seeds), logits), dtype=np.float32)
     for image, seed in enumerate(seeds):
         noise[:, image] = uniform(seed, scale, tokens * logits).reshape(tokens, logits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -20,7 +22,11 @@ __all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
 
 @dataclass(frozen=True)
 class ScaleTiming:
-    """Milliseconds of one scale: its noise (on the host), the transformer, and what leads to the next scale."""
+    """Milliseconds of one scale.
+
+    How long its noise held it up (a thread draws it ahead, on a core that a CPU target could use), the transformer,
+    and what leads to the next scale.
+    """
 
     scale: int
     noise_ms: float
@@ -70,6 +76,7 @@ class Loop:
         self._bundle = bundle
         self._target = target
         self._bound = Binding(bundle, target, batch)
+        self._pool = ThreadPoolExecutor(1, "toprovar-noise")
 
     def run(
         self,
@@ -102,19 +109,20 @@ class Loop:
             self._write(name, values)
         self._write(Names.CODES, np.zeros(bound.codes(0).shape))
 
-        prefix_ms = self.timed(bound.prefix)
         scales: list[ScaleTiming] = []
         given: dict[int, Array] = {}
-        for turn in turns:
-            noise_ms = self._draw_noise(turn, seeds)
-            step_ms = self.timed(turn.step)
-            advance_ms = self.timed(turn.advance)
-            scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
-            if follow is not None:
-                given[turn.scale] = read(turn.tokens)
-                self._target.write(turn.logits, _certain(follow[turn.scale], turn.logits))
-                turn.advance()  # reads the codes that it read before, and writes over what it gave
-            on_scale()
+        with self._noise_ahead(turns, seeds) as noise:
+            prefix_ms = self.timed(bound.prefix)
+            for turn, drawn in zip(turns, noise, strict=True):
+                noise_ms = self._write_noise(turn, drawn)
+                step_ms = self.timed(turn.step)
+                advance_ms = self.timed(turn.advance)
+                scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
+                if follow is not None:
+                    given[turn.scale] = read(turn.tokens)
+                    self._target.write(turn.logits, _certain(follow[turn.scale], turn.logits))
+                    turn.advance()  # reads the codes that it read before, and writes over what it gave
+                on_scale()
         decode_ms = self.timed(bound.decode[len(turns) % 2])
 
         images = read(bound.buffers[Names.IMAGE])
@@ -141,11 +149,26 @@ class Loop:
         """Until everything queued has run."""
         self._target.synchronize()
 
-    def _draw_noise(self, turn: Turn, seeds: Sequence[int]) -> float:
+    @contextmanager
+    def _noise_ahead(self, turns: Sequence[Turn], seeds: Sequence[int]) -> Iterator[list[Future[Array] | None]]:
+        """The noise of each turn that takes some, drawn in order by a thread while the target runs those before."""
+        futures = [self._draw(turn, seeds) for turn in turns]
+        try:
+            yield futures
+        finally:  # a picture that was interrupted leaves nothing to draw
+            for future in filter(None, futures):
+                future.cancel()
+
+    def _draw(self, turn: Turn, seeds: Sequence[int]) -> Future[Array] | None:
+        if turn.noise is None:
+            return None
+        tokens, _, logits = turn.noise.shape
+        return self._pool.submit(scale_noise, list(seeds), turn.scale, tokens, logits)
+
+    def _write_noise(self, turn: Turn, drawn: Future[Array] | None) -> float:
         start = perf_counter()
-        if turn.noise is not None:
-            tokens, _, logits = turn.noise.shape
-            self._target.write(turn.noise, scale_noise(list(seeds), turn.scale, tokens, logits))
+        if turn.noise is not None and drawn is not None:
+            self._target.write(turn.noise, drawn.result())
         return (perf_counter() - start) * 1e3
 
     def _write(self, name: str, values: Array) -> None:
