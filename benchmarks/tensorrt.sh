@@ -9,7 +9,9 @@
 #   TOPROVAR_RUN      the C++ runtime (build/src/toprovar/runtime/cpp/toprovar_run), with LD_LIBRARY_PATH if need be
 #   WORK              bundles, engines and cases; kept and used again (OUT/work)
 #   BUILD_OPTIONS     of `python -m toprovar.exporter.engine_tensorrt`, such as --optimization-level 1 ()
-#   DEPTHS            of Infinity-2B's 32 layers, what is built ("4 32")
+#   STAGES            of Infinity's step, built side by side (8)
+#   DEPTHS            of Infinity-2B's 32 layers, what is built (32)
+#   SCALES            of Infinity that trtexec runs, too (0 6 12)
 set -u
 out=${1:?a folder for results} && shift
 parts=" ${*:-plugins demo infinity} "
@@ -28,15 +30,19 @@ step() {
     tail -n "${TAIL:-4}" "$out/$name.log" | cut -c1-400
 }
 
-# measured NAME: engines, golden trace and latency of WORK/NAME.bundle
+# engines NAME OPTIONS...: of WORK/NAME.bundle
+engines() {
+    local name=$1
+    shift
+    LIMIT=${BUILD_LIMIT:-1500} step "engines_$name" $trt -m toprovar.exporter.engine_tensorrt "$work/$name.bundle" \
+        --timing-cache "$work/timing.cache" ${BUILD_OPTIONS:-} "$@"
+}
+
+# measured NAME: golden trace and latency of WORK/NAME.bundle
 measured() {
-    LIMIT=${BUILD_LIMIT:-600} step "engines_$1" $trt -m toprovar.exporter.engine_tensorrt "$work/$1.bundle" --timing-cache "$work/timing.cache" ${BUILD_OPTIONS:-}
     step "verify_cpp_$1" $run "$work/$1.bundle" --verify --no-hashes
     step "verify_py_$1" $trt -m toprovar verify "$work/$1.bundle" --target tensorrt
     step "bench_cpp_$1" bash -c "$run '$work/$1.bundle' --bench --repeat 20 --no-hashes >'$out/bench_cpp_$1.json'"
-    local program=()
-    [ -n "${TOPROVAR_TRTEXEC:-}" ] && program=(--trtexec)
-    TAIL=40 step "bench_py_$1" $trt -m toprovar bench "$work/$1.bundle" --target tensorrt "${program[@]}" -o "$out/bench_py_$1.json"
 }
 
 $torch - "$out/machine.json" <<'PYTHON'
@@ -55,28 +61,50 @@ if [[ $parts == *" plugins "* ]]; then
     step sanitizer $sanitizer $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$work/few.json" --few
 fi
 
-if [[ $parts == *" demo "* ]]; then
-    for profile in dense fast; do
-        bundle=$work/demo_$profile.bundle
-        [ -d "$bundle" ] || step "export_$profile" $torch -m toprovar export --profile $profile --precision fp16 --per-class 2 --seeds 1 -o "$bundle"
-        measured "demo_$profile"
-        step "pictures_trt_$profile" $trt benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/trt_$profile.npz" --count 4
-        step "pictures_ort_$profile" $torch benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/ort_$profile.npz" --target onnxruntime --count 4
-        label=$($torch -c "import sys, numpy; print(numpy.load(sys.argv[1])['labels'][0])" "$work/trt_$profile.npz")
-        step "picture_cpp_$profile" $run "$bundle" --label "$label" --seed 0 -o "$work/cpp_$profile.png"
-        step "compare_$profile" $torch benchmarks/tensorrt_bundle.py compare "$work/trt_$profile.npz" "$work/ort_$profile.npz" "$work/cpp_$profile.png"
-    done
-fi
-
+# Bundles are made and engines are built beside each other, and measured one by one.
+demo=() infinity=()
+[[ $parts == *" demo "* ]] && demo=(dense fast)
 if [[ $parts == *" infinity "* ]]; then
+    for depth in ${DEPTHS:-32}; do infinity+=("dense_$depth" "fast_$depth"); done
+fi
+for profile in "${demo[@]}"; do
+    {
+        bundle=$work/demo_$profile.bundle
+        [ -d "$bundle" ] || step "export_$profile" $torch -m toprovar export --profile "$profile" --precision fp16 --per-class 2 --seeds 1 -o "$bundle"
+        engines "demo_$profile" --jobs 2
+    } &
+done
+for one in "${infinity[@]}"; do
+    {
+        bundle=$work/infinity_$one.bundle
+        [ -d "$bundle" ] || LIMIT=400 step "make_infinity_$one" $torch benchmarks/tensorrt_bundle.py infinity "$bundle" --plan "${one%_*}" --depth "${one#*_}"
+        engines "infinity_$one" --stages "${STAGES:-8}" --jobs "${STAGES:-8}"
+    } &
+done
+wait
+
+for profile in "${demo[@]}"; do
+    bundle=$work/demo_$profile.bundle
+    measured "demo_$profile"
+    program=()
+    [ -n "${TOPROVAR_TRTEXEC:-}" ] && program=(--trtexec)
+    TAIL=40 step "bench_py_demo_$profile" $trt -m toprovar bench "$bundle" --target tensorrt "${program[@]}" -o "$out/bench_py_demo_$profile.json"
+    step "pictures_trt_$profile" $trt benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/trt_$profile.npz" --count 4
+    step "pictures_ort_$profile" $torch benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/ort_$profile.npz" --target onnxruntime --count 4
+    label=$($torch -c "import sys, numpy; print(numpy.load(sys.argv[1])['labels'][0])" "$work/trt_$profile.npz")
+    step "picture_cpp_$profile" $run "$bundle" --label "$label" --seed 0 -o "$work/cpp_$profile.png"
+    step "compare_$profile" $torch benchmarks/tensorrt_bundle.py compare "$work/trt_$profile.npz" "$work/ort_$profile.npz" "$work/cpp_$profile.png"
+done
+
+if [ ${#infinity[@]} -gt 0 ]; then
     TAIL=12 step torch $torch benchmarks/infinity.py --quick --models 2b --batches 1 --out "$out/torch"
-    for depth in ${DEPTHS:-4 32}; do
-        for plan in dense fast; do
-            name=infinity_${plan}_$depth
-            [ -d "$work/$name.bundle" ] || LIMIT=300 step "make_$name" $torch benchmarks/tensorrt_bundle.py infinity "$work/$name.bundle" --plan $plan --depth "$depth"
-            measured "$name"
+    for one in "${infinity[@]}"; do measured "infinity_$one"; done
+    if [ -n "${TOPROVAR_TRTEXEC:-}" ]; then
+        for one in "${infinity[@]}"; do
+            TAIL=20 LIMIT=400 step "bench_py_infinity_$one" $trt benchmarks/tensorrt_bundle.py trtexec "$work/infinity_$one.bundle" \
+                "$out/bench_py_infinity_$one.json" --scales ${SCALES:-0 6 12}
         done
-    done
+    fi
 fi
 
 $torch benchmarks/tensorrt_table.py "$out" --out "$out/tensorrt.json"

@@ -3,10 +3,12 @@
     python benchmarks/tensorrt_bundle.py infinity FOLDER --plan fast --depth 32    with PyTorch and a GPU
     python benchmarks/tensorrt_bundle.py pictures BUNDLE OUT.npz --target tensorrt
     python benchmarks/tensorrt_bundle.py compare A.npz B.npz [C.png]
+    python benchmarks/tensorrt_bundle.py trtexec BUNDLE OUT.json --scales 0 6 12
 
 `infinity` writes Infinity-2B at 1024 x 1024 with random weights in fp16 (speed does not depend on them) and one golden
 picture; `--depth` takes fewer of its 32 layers. Its plans are those of benchmarks/infinity.py. `compare` counts tokens that
-differ and the largest difference of a pixel, and exits 1 above 2/255; a PNG (of toprovar_run) is held against A.
+differ and the largest difference of a pixel, and exits 1 above 2/255; a PNG (of toprovar_run) is held against A. `trtexec`
+compares some scales as `toprovar bench --trtexec` does all: trtexec loads an engine anew for every stage of every scale.
 """
 
 from __future__ import annotations
@@ -22,9 +24,8 @@ import numpy as np
 
 TEXT_TOKENS = 64
 CLASS = "default"
-CALIBRATION = Path(__file__).parent / "results" / "demo-calibration.json"
-CALIBRATED_CLASS = "object"
-"""Of the embedded demo, whose plan is carried over to the larger model."""
+CALIBRATION = Path(__file__).parent / "results" / "text-demo-calibration.json"
+"""Of the embedded text demo, whose plan is carried over to the larger model, as in benchmarks/infinity.py."""
 
 
 def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
@@ -55,7 +56,7 @@ def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
         plan = make_dense_plan(shape, random, (CLASS,), dense_profile(precision="fp16"))
     else:
         profile, calibration = load_profile(plan_name), load_calibration(CALIBRATION)
-        assumed = infinity.carried_plan(profile, calibration, CALIBRATED_CLASS, backbone)
+        assumed = infinity.carried_plan(profile, calibration, infinity.PROMPT_CLASS, backbone)
         run = assumed.scales_run or tuple(range(spec.scales))
         keep = tuple(assumed.keep[scale] for scale in run)
         opening = next(scale for scale, kept in enumerate(keep) if kept < spec.tokens[scale])
@@ -128,6 +129,16 @@ def compare(first: Path, second: Path, picture: Path | None) -> bool:
     return worst <= 2 / 255
 
 
+def compare_trtexec(bundle: Path, out: Path, scales: list[int]) -> None:
+    """Scales of a bundle in the Python runtime and in trtexec, as part of a bench document."""
+    from toprovar.runtime import trtexec
+    from toprovar.runtime.session import Session
+
+    measured = trtexec.measure(Session(bundle, "tensorrt"), scales=scales)
+    out.write_text(json.dumps({"trtexec": measured}, indent=1) + "\n")
+    print("\n".join(trtexec.markdown(measured)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -144,11 +155,17 @@ def main() -> int:
     two.add_argument("first", type=Path)
     two.add_argument("second", type=Path)
     two.add_argument("picture", type=Path, nargs="?")
+    other = verbs.add_parser("trtexec")
+    other.add_argument("bundle", type=Path)
+    other.add_argument("out", type=Path)
+    other.add_argument("--scales", type=int, nargs="+", default=[])
     given = parser.parse_args()
     if given.verb == "infinity":
         write_infinity(given.folder, given.plan, given.depth)
     elif given.verb == "pictures":
         write_pictures(given.bundle, given.out, given.target, given.count)
+    elif given.verb == "trtexec":
+        compare_trtexec(given.bundle, given.out, given.scales)
     else:
         return 0 if compare(given.first, given.second, given.picture) else 1
     return 0

@@ -40,7 +40,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "verified": {},
         "compared": {},
         "bundles": {},
-        "torch": read(folder / "torch" / "infinity.json"),
+        "torch": next((read(path) for path in sorted(folder.glob("torch/infinity-*.json"))), None),
     }
     for path in sorted(folder.glob("verify_*.log")):
         document["verified"][path.stem.removeprefix("verify_")] = [
@@ -73,7 +73,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines += ["## Pictures made freely, against ONNX Runtime", ""]
         lines += [f"- `{name}`: {line}" for name, found in document["compared"].items() for line in found] + [""]
     if document["bundles"]:
-        lines += latency_lines(document)
+        lines += latency_lines(document) + scale_lines(document)
     for found in document["bundles"].values():
         if "trtexec" in found.get("py", {}):
             lines += trtexec.markdown(found["py"]["trtexec"])
@@ -112,7 +112,7 @@ def latency_lines(document: dict[str, Any]) -> list[str]:
 
     for name, found in document["bundles"].items():
         for language, title in (("cpp", "C++"), ("py", "Python")):
-            if language not in found:
+            if "bundles" not in found.get(language, {}):
                 continue
             for prompt_class, one in found[language]["bundles"][0]["classes"].items():
                 cells = " | ".join(span(one[key]) for key in ("transformer_ms", "decode_ms", "total_ms"))
@@ -120,6 +120,29 @@ def latency_lines(document: dict[str, Any]) -> list[str]:
     for row in (document["torch"] or {}).get("rows", []):
         cells = f"{row['transformer_ms']:.2f} | {row['decode_ms']:.2f} | {row['total_ms']:.2f}"
         lines.append(f"| infinity-{row['model']} {row['case']} | | PyTorch, CUDA graphs, bf16 | {cells} |")
+    return [*lines, ""]
+
+
+def scale_lines(document: dict[str, Any]) -> list[str]:
+    """Every scale of the bundles of Infinity in the C++ runtime, beside PyTorch's of the same run."""
+    columns: dict[str, dict[int, float]] = {}
+    for name, found in document["bundles"].items():
+        if "infinity" in name and "cpp" in found:
+            for one in found["cpp"]["bundles"][0]["classes"].values():
+                columns[name] = {s["scale"]: s["step_ms"]["median"] + s["advance_ms"]["median"] for s in one["scales"]}
+    if not columns:
+        return []
+    for row in (document["torch"] or {}).get("rows", []):
+        columns[f"PyTorch {row['case']}"] = {int(scale): ms for scale, ms in row["scale_ms"].items()}
+    lines = [
+        "## Every scale of Infinity: step and what follows it, ms (median)",
+        "",
+        f"| scale | {' | '.join(columns)} |",
+        "| ---: |" + " ---: |" * len(columns),
+    ]
+    for scale in sorted({scale for one in columns.values() for scale in one}):
+        cells = [f"{one[scale]:.2f}" if scale in one else "" for one in columns.values()]
+        lines.append(f"| {scale} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

@@ -1,9 +1,13 @@
 """Engines: the shapes of every scale, keys that change with what an engine depends on, and real builds."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
 from tests.exporter.conftest import CONDITION, plan_of
@@ -18,6 +22,7 @@ from toprovar.exporter.engine import (
     shape_profiles,
     share_profiles,
 )
+from toprovar.exporter.engine_stages import cut_graph
 from toprovar.exporter.graph import save_graph
 from toprovar.exporter.package import write_bundle
 from toprovar.profiles.manifest import GraphInfo, TensorInfo
@@ -138,17 +143,20 @@ def test_a_key_changes_with_everything_that_an_engine_depends_on(tmp_path):
     graph, weights = tmp_path / "g.onnx", tmp_path / "g.onnx.data"
     graph.write_bytes(b"graph")
     profile, options, builder = ShapeProfile.fixed({"x": (1, 2)}), EngineOptions(), FakeBuilder()
-    keys = [engine._cache_key(builder, graph, [profile], options)]
-    assert keys[0] == engine._cache_key(FakeBuilder(), graph, [profile], EngineOptions())
-    keys.append(engine._cache_key(builder, graph, [profile, profile], options))
-    keys.append(engine._cache_key(builder, graph, [ShapeProfile.fixed({"x": (1, 3)})], options))
-    keys.append(engine._cache_key(builder, graph, [profile], dataclasses.replace(options, tf32=False)))
+
+    def key(profiles=(profile,), options=options):
+        return engine._cache_key(builder, graph, engine._weights_sha256(graph), list(profiles), options)
+
+    keys = [key()]
+    assert key() == keys[0]
+    keys += [key([profile, profile]), key([ShapeProfile.fixed({"x": (1, 3)})])]
+    keys.append(key(options=dataclasses.replace(options, tf32=False)))
     builder.version = "2"
-    keys.append(engine._cache_key(builder, graph, [profile], options))
+    keys.append(key())
     weights.write_bytes(b"weights")
-    keys.append(engine._cache_key(builder, graph, [profile], options))
+    keys.append(key())
     graph.write_bytes(b"graph!")
-    keys.append(engine._cache_key(builder, graph, [profile], options))
+    keys.append(key())
     assert len(set(keys)) == len(keys)
 
 
@@ -163,6 +171,70 @@ def test_what_is_in_the_cache_is_not_built_again(bundle, tmp_path):
     assert second.asked == [] and again == info
     assert info.engines["step"] == "engines/tensorrt-rtx/step.engine" and info.batch == 1
     assert (tmp_path / info.engines["step"]).read_bytes() == b"step.onnx"
+
+
+# --- stages, and builds side by side
+
+
+def run_onnx(path, feeds):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(None, {one.name: feeds[one.name] for one in session.get_inputs()}), strict=True))
+
+
+def test_stages_behind_each_other_compute_what_the_graph_does(bundle, tmp_path):
+    """Layers g, d, g: the second cut is inside a span of detail layers, where two sets of tokens go on."""
+    path, info = bundle.path("step.onnx"), bundle.manifest.graphs["step"]
+    sizes = {"N": 16, "K": 5, "R": 2, "B": 1, "P_global": 14, "P_detail": 9, "M": 9, "h": 4, "w": 4, "hc": 3, "wc": 3}
+    rng = np.random.default_rng(0)
+    feeds = {}
+    for tensor in info.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in tensor.shape]
+        feeds[tensor.name] = rng.standard_normal(shape).astype(tensor.dtype)
+    whole = run_onnx(path, feeds)
+    stages = cut_graph(path, 3, tmp_path)
+    known = dict(feeds)
+    for file, stage in stages:
+        made = run_onnx(file, known)
+        assert set(made) == {tensor.name for tensor in stage.outputs}
+        known |= made
+    assert set(whole) == {tensor.name for tensor in info.outputs}
+    assert all(np.array_equal(known[name], value) for name, value in whole.items())
+    weights = [{tensor.name for tensor in onnx.load(str(file)).graph.initializer} for file, _ in stages]
+    large = {t.name for t in onnx.load(str(path)).graph.initializer if len(t.dims) == 2}
+    assert all(sum(name in one for one in weights) == 1 for name in large), "every matrix is in one stage"
+
+
+def test_a_graph_is_cut_into_at_most_as_many_stages_as_it_has_blocks(bundle, tmp_path):
+    with pytest.raises(InputError, match=r"step.onnx: 4 stages; valid is 1 to 3"):
+        cut_graph(bundle.path("step.onnx"), 4, tmp_path)
+
+
+class ProcessBuilder(FakeBuilder):
+    """Says in which process it builds."""
+
+    def build(self, graph, profiles, options):
+        if graph.name == "decoder.onnx" and options.batch == 2:
+            os._exit(1)
+        return BuiltEngine(f"{graph.name} {os.getpid()}".encode(), 1, 0.0)
+
+
+def test_engines_are_built_side_by_side_in_processes(bundle, tmp_path):
+    _, *rest = arguments(bundle)
+    for name in ("prefix", "step", "advance", "decoder"):
+        (tmp_path / f"{name}.onnx").write_bytes(bundle.path(f"{name}.onnx").read_bytes())
+    said, side_by_side = [], {"jobs": 2, "make_builder": ProcessBuilder}
+    options = EngineOptions(stages=2)
+    info = build_engines(
+        ProcessBuilder(), tmp_path, *rest, options, on_engine=lambda *one: said.append(one), **side_by_side
+    )
+    assert list(info.engines) == ["prefix", "step", "step.1", "advance", "decoder"]
+    assert sorted(name for name, _ in said) == sorted(info.engines)
+    built = [(tmp_path / file).read_text().split() for file in info.engines.values()]
+    assert [graph for graph, _ in built] == ["prefix.onnx", "step.onnx", "step.onnx", "advance.onnx", "decoder.onnx"]
+    assert str(os.getpid()) not in {process for _, process in built}
+    with pytest.raises(TargetError, match=r"ended without a word.*fewer --jobs"):
+        build_engines(ProcessBuilder(), tmp_path, *rest, EngineOptions(batch=2), **side_by_side)
 
 
 # --- builders

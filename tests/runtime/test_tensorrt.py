@@ -20,7 +20,7 @@ import pytest
 from tests.runtime import tiny
 from toprovar.errors import BundleError, TargetError
 from toprovar.plugins.device import Gpu
-from toprovar.profiles.manifest import TargetInfo
+from toprovar.profiles.manifest import GraphInfo, TargetInfo, TensorInfo
 from toprovar.runtime.bundle import open_bundle
 from toprovar.runtime.loop import Loop
 
@@ -160,7 +160,26 @@ def mock(monkeypatch, tmp_path):
     for name in ("float32", "float16", "int32", "bool"):
         setattr(module, name, name)
     log: list = []
-    state = types.SimpleNamespace(root=root, module=module, log=log, cuda=FakeCuda(), dtypes={}, drop_profiles=False)
+    state = types.SimpleNamespace(
+        root=root, module=module, log=log, cuda=FakeCuda(), dtypes={}, drop_profiles=False, graphs={}
+    )
+
+    def cut_step() -> None:
+        """Two engines in place of that of `step`; `between` goes from one to the other."""
+        step = open_bundle(root).manifest.graphs["step"]
+        between = TensorInfo(name="between", dtype="float32", shape=("N", "R", tiny.WIDTH))
+        rest = tuple(tensor for tensor in step.inputs if tensor.name != "x")
+        state.graphs["step"] = GraphInfo(file=step.file, inputs=step.inputs[:1], outputs=(between,))
+        assert step.inputs[0].name == "x"
+        state.graphs["step.1"] = GraphInfo(file=step.file, inputs=(*rest, between), outputs=step.outputs)
+        document = json.loads((root / "manifest.json").read_text())
+        document["targets"]["tensorrt"]["engines"]["step.1"] = "engines/step.1.engine"
+        (root / "engines" / "step.1.engine").write_text("step.1")
+        digest = hashlib.sha256(b"step.1").hexdigest()
+        document["files"]["engines/step.1.engine"] = {"sha256": digest, "size_bytes": 6}
+        (root / "manifest.json").write_text(json.dumps(document))
+
+    state.cut_step = cut_step
 
     class Runtime:
         def __init__(self, logger) -> None: ...
@@ -172,13 +191,12 @@ def mock(monkeypatch, tmp_path):
             from toprovar.exporter.engine import shape_profiles
 
             constants = {key: value.shape for key, value in bundle.constants.items()}
+            graph = state.graphs.get(name) or manifest.graphs[name]
             profiles = shape_profiles(
-                manifest.graphs[name], name, manifest.schedules, constants, manifest.model, manifest.condition
+                graph, name.split(".")[0], manifest.schedules, constants, manifest.model, manifest.condition
             )
             sizes = {"B": 1, "R": 2}
-            return Engine(
-                name, manifest.graphs[name], profiles[: 1 if state.drop_profiles else None], state.dtypes, log, sizes
-            )
+            return Engine(name, graph, profiles[: 1 if state.drop_profiles else None], state.dtypes, log, sizes)
 
     module.Runtime = Runtime
     monkeypatch.setitem(sys.modules, "tensorrt", module)
@@ -208,6 +226,24 @@ def test_every_scale_is_bound_captured_and_launched_without_allocating(mock):
     assert len(mock.log) == bound, "nothing is enqueued by the host"
     assert "8.6.0 Mock GPU" in target.description and "CUDA graphs" in target.description
     assert {entry[3] for entry in mock.log} == {target._scratch}, "engines share their working memory"
+
+
+def test_stages_of_a_graph_run_behind_each_other_and_share_memory_between_scales(mock):
+    mock.cut_step()
+    target = _target(mock)
+    loop = Loop(open_bundle(mock.root), target, 1)
+    names = [entry[0] for entry in mock.log]
+    assert [names[i + 1] for i, name in enumerate(names) if name == "step"] == ["step.1"] * names.count("step")
+    turn = loop.turns("object")[-1].step
+    assert [stage.engine for stage in turn.stages] == ["step", "step.1"]
+    assert turn.stages[1].shapes["between"] == (turn.stages[0].shapes["x"][0], 2, tiny.WIDTH)
+    between = {addresses["between"] for name, _, addresses, _ in mock.log if name in ("step", "step.1")}
+    assert len(between) == 1, "all scales, and both stages"
+    largest = max(step.tokens for one in open_bundle(mock.root).manifest.schedules.values() for step in one.steps)
+    assert any(len(array) == largest * 2 * tiny.WIDTH * 4 + 64 for array in mock.cuda.arrays)
+    launches = mock.cuda.launches
+    loop.run("object", {"labels": np.array([0], np.int32)}, [1])
+    assert mock.cuda.launches == launches + 1 + 2 * 3 + 1, "a step is one CUDA graph, whatever its stages"
 
 
 def test_without_cuda_graphs_the_host_enqueues(mock):

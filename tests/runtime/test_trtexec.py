@@ -10,11 +10,11 @@ import pytest
 from toprovar.errors import InputError, TargetError
 from toprovar.runtime import trtexec
 from toprovar.runtime.session import Session
-from toprovar.runtime.tensorrt import EngineRun
+from toprovar.runtime.tensorrt import EngineShapes
 
 from .test_tensorrt import mock  # noqa: F401  (a fixture: TensorRT as a mock)
 
-RUN = EngineRun("step", 2, {"x": (4, 2, 8), "keep_slots": (3,), "scalar": ()}, lambda: None, None)
+RUN = EngineShapes("step", 2, {"x": (4, 2, 8), "keep_slots": (3,), "scalar": ()})
 
 PROGRAM = """#!/usr/bin/env python3
 import json, sys
@@ -22,7 +22,8 @@ given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 if "--help" in sys.argv:
     print({help!r})
 elif "--exportTimes" in given and {works!r}:
-    scale = int(given["--shapes"].split("x:")[1].split("x")[0])
+    sizes = dict(one.split(":") for one in given["--shapes"].split(","))
+    scale = int(sizes.get("x", sizes.get("between")).split("x")[0])
     json.dump([{{"computeMs": scale + i / 10}} for i in range(3)], open(given["--exportTimes"], "w"))
 else:
     print("[11/27/2026-00:00:00] [E] Error[3]: it has no such profile")
@@ -66,6 +67,15 @@ def test_every_scale_is_measured_in_both_programs(session, tmp_path):
     assert all(row["loop_ms"] >= 0 and row["trtexec_runs"] == 3 for row in measured["scales"])
     table = trtexec.markdown(measured)
     assert len([line for line in table if line.startswith("| object |")]) == len(steps)
+
+
+def test_the_times_of_stages_are_added(mock, tmp_path):  # noqa: F811
+    mock.cut_step()
+    session = Session(mock.root, "tensorrt")
+    rows = trtexec.measure(session, program(tmp_path), prompt_classes=("object",))["scales"]
+    steps = session.bundle.manifest.schedules["object"].steps
+    assert [row["trtexec_ms"] for row in rows] == [round(2 * (step.tokens + 0.1), 4) for step in steps]
+    assert [row["profile"] for row in rows] == [[i, i] for i in range(len(steps))]
 
 
 def test_what_trtexec_cannot_run_has_its_reason(session, tmp_path):

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -23,6 +26,7 @@ from ..errors import InputError, TargetError
 from ..kernels.contract import CONTRACT_VERSION
 from ..profiles.files import sha256_file, sha256_json, write_bytes
 from ..profiles.manifest import Condition, GraphInfo, ModelInfo, ScaleStep, Schedule, TargetInfo, TensorInfo
+from .engine_stages import cut_graph, stage_name
 
 __all__ = [
     "BUILDERS",
@@ -68,6 +72,7 @@ class EngineOptions:
         optimization_level: 0 to 5; None is the builder's default.
         shared_tokens: scales of at most this many tokens share one optimisation profile, tuned for the largest of them;
             0: every scale has its own. A build takes as long as it has profiles.
+        stages: engines of ``step``, which run one behind the other and can be built side by side.
         compute_capabilities: GPUs that the engine is for, like ``("8.9", "12.0")``; none: every one that the builder
             supports (without a GPU), or the one at hand.
     """
@@ -77,6 +82,7 @@ class EngineOptions:
     workspace_bytes: int | None = None
     optimization_level: int | None = None
     shared_tokens: int = 0
+    stages: int = 1
     compute_capabilities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -211,6 +217,8 @@ def build_engines(
     options: EngineOptions | None = None,
     *,
     cache: Path | None = None,
+    jobs: int = 1,
+    make_builder: Callable[[], Builder] | None = None,
     on_engine: Callable[[str, int], None] | None = None,
 ) -> TargetInfo:
     """Build the engines of every graph into ``engines/<target>/`` of a bundle's folder.
@@ -218,38 +226,48 @@ def build_engines(
     Args:
         folder: of the bundle, with the ONNX files.
         cache: a folder of engines by key; what is there is not built again.
-        on_engine: called before each build with the graph's name and its number of profiles.
+        jobs: processes that build side by side; more than one needs `make_builder`, which each of them calls.
+        on_engine: called with the engine's name and its number of profiles, before it is built; with more than one job,
+            when it is done.
 
     Returns: the target's entry of the manifest; the caller hashes the files.
 
     Raises:
-        TargetError: the target cannot build a graph.
+        InputError: the graph of a step cannot be cut into so many stages.
+        TargetError: the target cannot build a graph, or a process ended.
     """
     options = options or EngineOptions()
     place = folder / "engines" / builder.target
     place.mkdir(parents=True, exist_ok=True)
-    engines, keys = {}, {}
-    for name, graph in graphs.items():
-        profiles = share_profiles(
-            shape_profiles(graph, name, schedules, constants, model, condition, options.batch), options.shared_tokens
-        )
-        keys[name] = _cache_key(builder, folder / graph.file, profiles, options)
-        kept = cache / f"{keys[name]}.engine" if cache is not None else None
-        if kept is not None and kept.is_file():
-            data = kept.read_bytes()
+    with tempfile.TemporaryDirectory() as scratch:
+        tasks, keys = [], {}
+        for name, graph in graphs.items():
+            path = folder / graph.file
+            stages = [(path, graph)]
+            if name == "step" and options.stages > 1:
+                stages = cut_graph(path, options.stages, Path(scratch))
+            weights = _weights_sha256(path)
+            for stage, (file, info) in enumerate(stages):
+                profiles = share_profiles(
+                    shape_profiles(info, name, schedules, constants, model, condition, options.batch),
+                    options.shared_tokens,
+                )
+                engine = stage_name(name, stage)
+                keys[engine] = _cache_key(builder, file, weights, profiles, options)
+                kept = cache / f"{keys[engine]}.engine" if cache is not None else None
+                tasks.append(_Task(engine, file, profiles, options, place / f"{engine}.engine", kept))
+        missing = [task for task in tasks if not task.take_kept()]
+        if jobs > 1 and make_builder is not None:
+            for task in _build_side_by_side(missing, jobs, make_builder):
+                if on_engine:
+                    on_engine(task.engine, len(task.profiles))
         else:
-            if on_engine:
-                on_engine(name, len(profiles))
-            built = builder.build(folder / graph.file, profiles, options)
-            _log.info("%s: %d layers, %d profiles, %.1f s", name, built.layers, len(profiles), built.seconds)
-            data = built.data
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                write_bytes(kept, data)
-        write_bytes(place / f"{name}.engine", data)
-        engines[name] = f"engines/{builder.target}/{name}.engine"
+            for task in missing:
+                if on_engine:
+                    on_engine(task.engine, len(task.profiles))
+                task.build(builder)
     return TargetInfo(
-        engines=engines,
+        engines={task.engine: f"engines/{builder.target}/{task.out.name}" for task in tasks},
         version=builder.version,
         batch=options.batch,
         cache_key=sha256_json(dict(sorted(keys.items()))),
@@ -257,13 +275,78 @@ def build_engines(
     )
 
 
-def _cache_key(builder: Builder, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions) -> str:
-    """What an engine depends on: the bytes of graph and weights, shapes, options, and versions."""
+@dataclass(frozen=True)
+class _Task:
+    """One engine to build."""
+
+    engine: str
+    graph: Path
+    profiles: list[ShapeProfile]
+    options: EngineOptions
+    out: Path
+    kept: Path | None
+    """Where the engine is kept for the next time."""
+
+    def take_kept(self) -> bool:
+        """Whether the engine was built before and is there now."""
+        if self.kept is None or not self.kept.is_file():
+            return False
+        write_bytes(self.out, self.kept.read_bytes())
+        return True
+
+    def build(self, builder: Builder) -> None:
+        built = builder.build(self.graph, self.profiles, self.options)
+        _log.info("%s: %d layers, %d profiles, %.1f s", self.engine, built.layers, len(self.profiles), built.seconds)
+        if self.kept is not None:
+            self.kept.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.kept, built.data)
+        write_bytes(self.out, built.data)
+
+
+def _build_side_by_side(tasks: Sequence[_Task], jobs: int, make_builder: Callable[[], Builder]) -> Iterator[_Task]:
+    """Build in processes of their own, the longest first; gives each task when it is done."""
+    longest_first = sorted(tasks, key=lambda task: len(task.profiles) * task.graph.stat().st_size, reverse=True)
+    processes = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+    with ProcessPoolExecutor(jobs, processes, _start_process, (make_builder,)) as pool:
+        running = {pool.submit(_build_in_process, task): task for task in longest_first}
+        try:
+            for done in as_completed(running):
+                done.result()
+                yield running[done]
+        except BrokenProcessPool as error:
+            raise TargetError(
+                "a process that built an engine ended without a word, as when memory runs out; build with fewer --jobs"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_builder: Builder
+"""Of a process that builds; starting one takes seconds, so all its engines share it."""
+
+
+def _start_process(make_builder: Callable[[], Builder]) -> None:
+    global _builder
+    _builder = make_builder()
+
+
+def _build_in_process(task: _Task) -> None:
+    task.build(_builder)
+
+
+def _weights_sha256(graph: Path) -> str | None:
     weights = graph.with_name(graph.name + ".data")
+    return sha256_file(weights) if weights.is_file() else None
+
+
+def _cache_key(
+    builder: Builder, graph: Path, weights: str | None, profiles: Sequence[ShapeProfile], options: EngineOptions
+) -> str:
+    """What an engine depends on: the bytes of graph and weights, shapes, options, and versions."""
     return sha256_json(
         {
             "graph": sha256_file(graph),
-            "weights": sha256_file(weights) if weights.is_file() else None,
+            "weights": weights,
             "profiles": json.loads(json.dumps([asdict(profile) for profile in profiles])),
             "options": asdict(options),
             "target": builder.target,

@@ -10,6 +10,8 @@ and the builder is told to obey; the graph itself goes through `lower86`.
 from __future__ import annotations
 
 import argparse
+import fcntl
+import functools
 import json
 import logging
 import os
@@ -124,11 +126,13 @@ class TensorRtBuilder:
         if self._major == 8:
             _state_types(trt, network)
         add_profiles(builder, network, config, profiles, f"target tensorrt: {graph.name}")
-        cache = self._read_timing_cache(config)
+        cache = self._timing_cache_of(config, self._timing_cache)
+        # A cache knows the card that it was measured on; another of the same model will do, and the file is of one model.
+        config.set_timing_cache(cache, ignore_mismatch=True)
         data = builder.build_serialized_network(network, config)
         if data is None:
             raise TargetError(f"target tensorrt: cannot build {graph.name}: {_first(messages.errors)}")
-        self._write_timing_cache(cache)
+        self._write_timing_cache(config, cache)
         return BuiltEngine(bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings))
 
     def _start(self) -> tuple[Any, Any]:
@@ -141,6 +145,7 @@ class TensorRtBuilder:
                 pass
             if self._builder is None:
                 raise TargetError(f"target tensorrt: the builder does not start: {_first(self._messages.errors)}")
+            self._builder.max_threads = len(os.sched_getaffinity(0))
         self._messages.errors.clear()
         self._messages.warnings.clear()
         return self._builder, self._messages
@@ -165,22 +170,26 @@ class TensorRtBuilder:
             self._monitor = _monitor(trt, self._progress)  # TensorRT does not keep it alive
             config.progress_monitor = self._monitor
 
-    def _read_timing_cache(self, config: Any) -> Any:
-        path = self._timing_cache
+    def _timing_cache_of(self, config: Any, path: Path) -> Any:
+        """What the file holds, or an empty cache."""
         content = path.read_bytes() if path.is_file() else b""
         cache = config.create_timing_cache(content)
         if cache is None:
             _log.warning("%s is no timing cache of this TensorRT; starting a new one", path)
             cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
         return cache
 
-    def _write_timing_cache(self, cache: Any) -> None:
+    def _write_timing_cache(self, config: Any, cache: Any) -> None:
+        """Add what was measured to the file: other processes may have added to it since it was read."""
+        path = self._timing_cache
         try:
-            self._timing_cache.parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(self._timing_cache, bytes(cache.serialize()))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.with_name(path.name + ".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                cache.combine(self._timing_cache_of(config, path), ignore_mismatch=True)
+                write_bytes(path, bytes(cache.serialize()))
         except OSError as error:  # a read-only home: measured again next time
-            _log.warning("%s cannot be written: %s", self._timing_cache, error)
+            _log.warning("%s cannot be written: %s", path, error)
 
 
 def _default_timing_cache(version: str, gpu: Gpu) -> Path:
@@ -322,12 +331,14 @@ def add_engines(
     options: EngineOptions | None = None,
     *,
     cache: Path | None = None,
+    jobs: int = 1,
+    make_builder: Callable[[], Builder] | None = None,
     on_engine: Callable[[str, int], None] | None = None,
 ) -> TargetInfo:
     """Build the engines of a bundle that was exported elsewhere, and enter them into its manifest.
 
     So a bundle can be exported where PyTorch is, and built where the GPU is. The manifest is replaced last: until then
-    the bundle is what it was.
+    the bundle is what it was. `cache`, `jobs`, `make_builder`, `on_engine`: see `build_engines`.
 
     Raises:
         BundleError: the folder holds no bundle of this version, or a graph has changed since it was written.
@@ -348,6 +359,8 @@ def add_engines(
         manifest.condition,
         options,
         cache=cache,
+        jobs=jobs,
+        make_builder=make_builder,
         on_engine=on_engine,
     )
     files = dict(manifest.files)
@@ -404,7 +417,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shared-tokens", type=int, default=0, help="scales of at most this many tokens share a profile: builds faster"
     )
-    parser.add_argument("--timing-cache", type=Path)
+    parser.add_argument(
+        "--stages", type=int, default=1, help="cut step into so many engines, which run one behind the other"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="build so many engines side by side, each in a process")
+    parser.add_argument("--timing-cache", type=Path, help="file of kernels measured on this GPU model; added to")
     parser.add_argument("--engine-cache", type=Path, help="folder of engines that are not built again")
     parser.add_argument("--emit-trtexec", action="store_true", help="build nothing; print the equal trtexec commands")
     given = parser.parse_args(arguments)
@@ -415,6 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             workspace_bytes=None if given.workspace_mib is None else given.workspace_mib << 20,
             optimization_level=given.optimization_level,
             shared_tokens=given.shared_tokens,
+            stages=given.stages,
         )
         if given.emit_trtexec:
             for line in trtexec_commands(given.bundle, options):
@@ -426,6 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             builder,
             options,
             cache=given.engine_cache,
+            jobs=given.jobs,
+            make_builder=functools.partial(TensorRtBuilder, given.timing_cache),
             on_engine=lambda name, shapes: print(f"engine {name}, {shapes} shapes", file=sys.stderr, flush=True),
         )
     except ToprovarError as error:

@@ -22,7 +22,7 @@ from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
 
-__all__ = ["EngineRun", "TensorRt", "open"]
+__all__ = ["EngineRun", "EngineShapes", "TensorRt", "open"]
 
 NAME = "tensorrt"
 
@@ -42,13 +42,22 @@ def open(bundle: Bundle, *, device: int = 0, cuda_graphs: bool = True) -> Tensor
 
 
 @dataclass(frozen=True)
-class EngineRun:
-    """One engine at the shapes of one scale, bound to its buffers; calling it queues it."""
+class EngineShapes:
+    """One engine at the shapes of one scale."""
 
     engine: str
+    """Among those of the manifest."""
     profile: int
     shapes: Mapping[str, tuple[int, ...]]
     """Of the inputs."""
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One graph at the shapes of one scale, bound to its buffers; calling it queues it."""
+
+    stages: tuple[EngineShapes, ...]
+    """The engines that run, one behind the other; most graphs have one."""
     _launch: Run
     _alive: Any = field(repr=False)
     """What a captured graph uses and does not hold."""
@@ -75,8 +84,9 @@ class TensorRt:
         self.plugins: Path = load_library(tensorrt)
         self._logger = tensorrt.Logger(tensorrt.Logger.WARNING)
         self._runtime = tensorrt.Runtime(self._logger)
-        self._engines = {str(name): self._load(bundle, str(name)) for name in bundle.manifest.graphs}
-        sizes = [_first_of(engine, "device_memory_size_v2", "device_memory_size") for engine in self._engines.values()]
+        self._stages = {str(name): self._load(bundle, str(name)) for name in bundle.manifest.graphs}
+        engines = [engine for stages in self._stages.values() for engine in stages.values()]
+        sizes = [_first_of(engine, "device_memory_size_v2", "device_memory_size") for engine in engines]
         self._scratch_bytes = max(1, *sizes)
         self._scratch = self._cuda.allocate(self._scratch_bytes)
         graphs = ", CUDA graphs" if cuda_graphs else ""
@@ -84,7 +94,7 @@ class TensorRt:
 
     def graph(self, name: str) -> _Engine:
         """``prefix``, ``step``, ``advance`` or ``decoder``."""
-        return _Engine(self, name, self._engines[name])
+        return _Engine(self, name, self._stages[name])
 
     def allocate(self, size_bytes: int) -> int:
         """Zeroed memory of the GPU; it lives as long as the process."""
@@ -128,17 +138,22 @@ class TensorRt:
                     f"`python -m toprovar.exporter.engine_tensorrt {bundle.root}`"
                 )
 
-    def _load(self, bundle: Bundle, name: str) -> Any:
-        if name not in self.info.engines:
-            raise TargetError(f"{bundle.root}: has no TensorRT engine of {name}; build the engines again")
-        path = bundle.path(self.info.engines[name])
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            engine = self._runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            raise TargetError(
-                f"{path}: TensorRT refuses the engine, its messages above say why; build the engines again"
-            )
-        return engine
+    def _load(self, bundle: Bundle, graph: str) -> dict[str, Any]:
+        """The engines of a graph in the order in which they run: ``step``, and where it was cut ``step.1``, ..."""
+        if graph not in self.info.engines:
+            raise TargetError(f"{bundle.root}: has no TensorRT engine of {graph}; build the engines again")
+        engines: dict[str, Any] = {}
+        name = graph
+        while name in self.info.engines:
+            path = bundle.path(self.info.engines[name])
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                engines[name] = self._runtime.deserialize_cuda_engine(content)
+            if engines[name] is None:
+                raise TargetError(
+                    f"{path}: TensorRT refuses the engine, its messages above say why; build the engines again"
+                )
+            name = f"{graph}.{len(engines)}"
+        return engines
 
     def _context(self, name: str, engine: Any) -> Any:
         strategy = getattr(self._trt, "ExecutionContextAllocationStrategy", None)
@@ -156,86 +171,121 @@ class TensorRt:
 
 
 class _Engine:
-    """One graph of the bundle; every binding has an execution context of its own."""
+    """One graph of the bundle; every binding has execution contexts of its own."""
 
-    def __init__(self, target: TensorRt, name: str, engine: Any):
-        self._target, self._name, self._engine = target, name, engine
+    def __init__(self, target: TensorRt, name: str, stages: Mapping[str, Any]):
+        self._target, self._name, self._stages = target, name, stages
+        self._sizes: dict[str, int] = {}
+        made: set[str] = set()
+        for engine in stages.values():
+            inputs, outputs = self._tensors(engine)
+            for tensor in made & set(inputs):
+                size = max(self._bytes(engine, tensor, profile) for profile in range(engine.num_optimization_profiles))
+                self._sizes[tensor] = max(size, self._sizes.get(tensor, 1))
+            made |= set(outputs)
+        self._between = {tensor: target.allocate(size) for tensor, size in self._sizes.items()}
+        """Memory of what one stage leaves to a later one. Scales run one behind the other, so they share it."""
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> EngineRun:
         """Fix every address; see `toprovar.runtime.target.GraphRunner`."""
-        target, engine, cuda = self._target, self._engine, self._target._cuda
-        self._check_tensors(inputs, outputs)
-        context = target._context(self._name, engine)
-        profile = self._profile(inputs)
-        if not context.set_optimization_profile_async(profile, cuda.stream):
-            raise TargetError(f"target tensorrt: engine {self._name} refuses its profile; its messages above say why")
-        for name, buffer in inputs.items():
-            if not context.set_input_shape(name, buffer.shape):
-                raise TargetError(f"target tensorrt: engine {self._name} refuses {name} of shape {list(buffer.shape)}")
-        for name, buffer in {**inputs, **outputs}.items():
-            if not context.set_tensor_address(name, buffer.memory + buffer.offset_bytes):
-                raise TargetError(f"target tensorrt: engine {self._name} refuses the address of {name}")
-        for name, buffer in outputs.items():
-            found = tuple(context.get_tensor_shape(name))
-            if found != buffer.shape:
-                raise BundleError(
-                    f"engine {self._name} gives {name} as {list(found)}, the loop needs {list(buffer.shape)}; export again"
-                )
+        cuda, buffers = self._target._cuda, {**inputs, **outputs}
+        self._check_names(inputs, outputs)
+        stages, contexts = [], []
+        for name, engine in self._stages.items():
+            stage, context = self._bind_stage(name, engine, buffers)
+            stages.append(stage)
+            contexts.append(context)
 
         def enqueue() -> None:
-            if not context.execute_async_v3(cuda.stream):
-                raise TargetError(f"target tensorrt: engine {self._name} failed to run; its messages above say why")
+            for stage, context in zip(stages, contexts, strict=True):
+                if not context.execute_async_v3(cuda.stream):
+                    raise TargetError(
+                        f"target tensorrt: engine {stage.engine} failed to run; its messages above say why"
+                    )
 
         enqueue()  # what TensorRT does once for new shapes must not be captured
         cuda.synchronize()
         launch: Run = enqueue
-        if target._cuda_graphs:
+        if self._target._cuda_graphs:
             cuda.begin_capture()
             try:
                 enqueue()
             finally:
                 launch = cuda.end_capture()
-        shapes = {name: buffer.shape for name, buffer in inputs.items()}
-        return EngineRun(self._name, profile, shapes, launch, context)
+        return EngineRun(tuple(stages), launch, contexts)
 
-    def _check_tensors(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
-        trt, engine = self._target._trt, self._engine
-        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
-        found = {
-            True: {name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT},
-            False: {name for name in names if engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT},
-        }
-        for kind, given in ((True, inputs), (False, outputs)):
-            different = sorted(found[kind] ^ set(given))
+    def _bind_stage(self, name: str, engine: Any, buffers: dict[str, Buffer]) -> tuple[EngineShapes, Any]:
+        """One engine on its buffers; what it leaves to later ones is entered into `buffers`."""
+        target = self._target
+        context = target._context(name, engine)
+        inputs, outputs = self._tensors(engine)
+        profile = self._profile(name, engine, {tensor: buffers[tensor] for tensor in inputs})
+        if not context.set_optimization_profile_async(profile, target._cuda.stream):
+            raise TargetError(f"target tensorrt: engine {name} refuses its profile; its messages above say why")
+        for tensor in inputs:
+            if not context.set_input_shape(tensor, buffers[tensor].shape):
+                found = list(buffers[tensor].shape)
+                raise TargetError(f"target tensorrt: engine {name} refuses {tensor} of shape {found}")
+        for tensor in outputs:
+            shape = tuple(context.get_tensor_shape(tensor))
+            if tensor not in buffers:
+                dtype = _dtype_name(target._trt, engine.get_tensor_dtype(tensor))
+                buffers[tensor] = Buffer(self._between[tensor], self._sizes[tensor], dtype, shape)
+            elif shape != buffers[tensor].shape:
+                raise BundleError(
+                    f"engine {name} gives {tensor} as {list(shape)}, the loop needs {list(buffers[tensor].shape)}; "
+                    "export again"
+                )
+        for tensor in (*inputs, *outputs):
+            buffer, dtype = buffers[tensor], _dtype_name(target._trt, engine.get_tensor_dtype(tensor))
+            if dtype != buffer.dtype:
+                raise BundleError(
+                    f"engine {name} takes {tensor} as {dtype}, its graph as {buffer.dtype}; build the engines again"
+                )
+            if not context.set_tensor_address(tensor, buffer.memory + buffer.offset_bytes):
+                raise TargetError(f"target tensorrt: engine {name} refuses the address of {tensor}")
+        return EngineShapes(name, profile, {tensor: buffers[tensor].shape for tensor in inputs}), context
+
+    def _tensors(self, engine: Any) -> tuple[list[str], list[str]]:
+        """Names of inputs and of outputs."""
+        mode, names = self._target._trt.TensorIOMode, [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        inputs = [name for name in names if engine.get_tensor_mode(name) == mode.INPUT]
+        return inputs, [name for name in names if name not in inputs]
+
+    def _bytes(self, engine: Any, tensor: str, profile: int) -> int:
+        """The most that an input takes in a profile."""
+        dtype = _dtype_name(self._target._trt, engine.get_tensor_dtype(tensor))
+        return Buffer(0, 0, dtype, _profile_shape(engine, tensor, profile)[2]).size_bytes
+
+    def _check_names(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        found: tuple[set[str], set[str]] = (set(), set())
+        inside = set(self._between) - set(outputs)
+        for engine in self._stages.values():
+            for names, more in zip(found, self._tensors(engine), strict=True):
+                names.update(set(more) - inside)
+        found[0].difference_update(outputs)
+        for word, names, given in zip(("input", "output"), found, (inputs, outputs), strict=True):
+            different = sorted(names ^ set(given))
             if different:
-                word = "input" if kind else "output"
                 raise BundleError(
                     f"engine {self._name} and its graph differ in the {word} {different[0]!r}; build the engines again"
                 )
-        for name, buffer in {**inputs, **outputs}.items():
-            dtype = _dtype_name(trt, engine.get_tensor_dtype(name))
-            if dtype != buffer.dtype:
-                raise BundleError(
-                    f"engine {self._name} takes {name} as {dtype}, its graph as {buffer.dtype}; build the engines again"
-                )
 
-    def _profile(self, inputs: Mapping[str, Buffer]) -> int:
+    def _profile(self, name: str, engine: Any, inputs: Mapping[str, Buffer]) -> int:
         """The profile that was made for these shapes: the one whose best they are, else the first that takes them."""
-        engine, fitting = self._engine, []
+        fitting = []
         for profile in range(engine.num_optimization_profiles):
-            limits = {name: _profile_shape(engine, name, profile) for name in inputs}
-            if all(tuple(limits[name][1]) == buffer.shape for name, buffer in inputs.items()):
+            limits = {tensor: _profile_shape(engine, tensor, profile) for tensor in inputs}
+            if all(tuple(limits[tensor][1]) == buffer.shape for tensor, buffer in inputs.items()):
                 return profile
             if all(
                 len(least) == len(shape) and all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
-                for (least, _, most), shape in ((limits[name], buffer.shape) for name, buffer in inputs.items())
+                for (least, _, most), shape in ((limits[tensor], buffer.shape) for tensor, buffer in inputs.items())
             ):
                 fitting.append(profile)
         if not fitting:
-            shapes = ", ".join(f"{name} {list(buffer.shape)}" for name, buffer in inputs.items())
-            raise TargetError(
-                f"target tensorrt: engine {self._name} has no profile for {shapes}; build the engines again"
-            )
+            shapes = ", ".join(f"{tensor} {list(buffer.shape)}" for tensor, buffer in inputs.items())
+            raise TargetError(f"target tensorrt: engine {name} has no profile for {shapes}; build the engines again")
         return fitting[0]
 
 

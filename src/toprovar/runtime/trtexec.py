@@ -18,7 +18,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,7 +28,7 @@ import numpy as np
 from toprovar.errors import InputError, TargetError
 from toprovar.runtime.loop import Loop
 from toprovar.runtime.session import Session
-from toprovar.runtime.tensorrt import NAME, EngineRun, TensorRt
+from toprovar.runtime.tensorrt import NAME, EngineRun, EngineShapes, TensorRt
 
 __all__ = ["ENVIRONMENT_VARIABLE", "command", "find_trtexec", "markdown", "measure"]
 
@@ -57,8 +57,8 @@ def find_trtexec() -> Path:
     )
 
 
-def command(trtexec: Path, version: str, engine: Path, plugins: Path, run: EngineRun, times: Path) -> list[str]:
-    """The command line that measures one run of an engine; `times` is where trtexec writes every time."""
+def command(trtexec: Path, version: str, engine: Path, plugins: Path, run: EngineShapes, times: Path) -> list[str]:
+    """The command line that measures an engine; `times` is where trtexec writes every time."""
     major = int(version.split(".")[0])
     shapes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in run.shapes.items() if shape)
     words = [str(trtexec), f"--loadEngine={engine}", f"--dynamicPlugins={plugins}", f"--shapes={shapes}"]
@@ -74,6 +74,7 @@ def measure(
     trtexec: Path | None = None,
     *,
     prompt_classes: Sequence[str] = (),
+    scales: Collection[int] = (),
     on_run: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Every scale of a bundle's prompt classes in both programs.
@@ -82,6 +83,7 @@ def measure(
         session: a bundle on target tensorrt; at least one picture should have been made.
         trtexec: default: `find_trtexec`.
         prompt_classes: default: all. Scales with the same shapes in several classes are measured once.
+        scales: default: all.
         on_run: called with (runs of trtexec done, runs in all).
 
     Returns: what goes into a bench document as ``trtexec``; times in milliseconds. A scale that trtexec cannot run has
@@ -97,22 +99,24 @@ def measure(
             f"bench --trtexec: runs engines of target {NAME}, not of {session.target_name}; give --target {NAME}"
         )
     program = find_trtexec() if trtexec is None else trtexec
-    engine = session.bundle.path(target.info.engines["step"])
     loop = session.loop(session.batch_size)
     several = "--useProfile" in _output([str(program), "--help"])
-    todo: dict[int, tuple[str, int, EngineRun]] = {}
+    todo: dict[tuple[int, ...], tuple[str, int, EngineRun]] = {}
     for name in prompt_classes or session.prompt_classes:
         for turn in loop.turns(name):
+            if scales and turn.scale not in scales:
+                continue
             assert isinstance(turn.step, EngineRun)
-            todo.setdefault(turn.step.profile, (name, turn.scale, turn.step))
+            todo.setdefault(tuple(stage.profile for stage in turn.step.stages), (name, turn.scale, turn.step))
     rows = []
-    for done, (name, scale, run) in enumerate(todo.values()):
+    for done, (profiles, (name, scale, run)) in enumerate(todo.items()):
         on_run(done, len(todo))
-        row: dict[str, Any] = {"prompt_class": name, "scale": scale, "profile": run.profile, **_ours(loop, run)}
-        if run.profile and not several:
-            row["trtexec_missing"] = f"this trtexec runs profile 0 of an engine only, the scale has {run.profile}"
+        profile = profiles[0] if len(profiles) == 1 else list(profiles)
+        row: dict[str, Any] = {"prompt_class": name, "scale": scale, "profile": profile, **_ours(loop, run)}
+        if any(profiles) and not several:
+            row["trtexec_missing"] = f"this trtexec runs profile 0 of an engine only, the scale has {profile}"
         else:
-            row |= _theirs(program, target, engine, run)
+            row |= _theirs(program, session, target, run)
         rows.append(row)
     on_run(len(todo), len(todo))
     return {"bundle": session.bundle.manifest.name, "version": target.info.version, "scales": rows}
@@ -135,20 +139,26 @@ def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
     return {"loop_ms": round(float(np.median(single)), 4), "runs_ms": round(float(np.median(batches)), 4)}
 
 
-def _theirs(program: Path, target: TensorRt, engine: Path, run: EngineRun) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        times = Path(folder) / "times.json"
-        words = command(program, str(target.info.version), engine, target.plugins, run, times)
-        said = _output(words)
-        try:
-            measured = [float(one["computeMs"]) for one in json.loads(times.read_text())]
-        except (OSError, ValueError, KeyError):
-            measured = []
-    if not measured:
-        errors = [line for line in said.splitlines() if "[E]" in line]
-        reason = errors[0].split("[E]")[1].strip() if errors else f"no times from {program.name}"
-        return {"trtexec_missing": reason[:300]}
-    return {"trtexec_ms": round(float(np.median(measured)), 4), "trtexec_runs": len(measured)}
+def _theirs(program: Path, session: Session, target: TensorRt, run: EngineRun) -> dict[str, Any]:
+    """Medians; of several stages, which trtexec runs one at a time, their sum."""
+    medians, fewest = [], 0
+    for stage in run.stages:
+        with tempfile.TemporaryDirectory() as folder:
+            times = Path(folder) / "times.json"
+            engine = session.bundle.path(target.info.engines[stage.engine])
+            words = command(program, str(target.info.version), engine, target.plugins, stage, times)
+            said = _output(words)
+            try:
+                measured = [float(one["computeMs"]) for one in json.loads(times.read_text())]
+            except (OSError, ValueError, KeyError):
+                measured = []
+        if not measured:
+            errors = [line for line in said.splitlines() if "[E]" in line]
+            reason = errors[0].split("[E]")[1].strip() if errors else f"no times from {program.name}"
+            return {"trtexec_missing": reason[:300]}
+        medians.append(float(np.median(measured)))
+        fewest = min(fewest or len(measured), len(measured))
+    return {"trtexec_ms": round(sum(medians), 4), "trtexec_runs": fewest}
 
 
 def _output(words: Sequence[str]) -> str:
@@ -162,7 +172,7 @@ def markdown(measured: Mapping[str, Any]) -> list[str]:
         f"## {measured['bundle']}: our runtime and trtexec, TensorRT {measured['version']}",
         "",
         "Milliseconds of one step. loop: one at a time by the host's clock; runs: queued behind each other; trtexec: median "
-        "GPU compute time of the same engine, shapes and profile, with CUDA graphs and no copies.",
+        "GPU compute time of the same engine, shapes and profile, with CUDA graphs and no copies (of stages: their sum).",
         "",
         "| class | scale | loop | runs | trtexec | runs to trtexec | why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",

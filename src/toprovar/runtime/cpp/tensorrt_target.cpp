@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <deque>
 #include <functional>
+#include <set>
 #include <vector>
 
 #include "cuda.hpp"
@@ -153,18 +154,18 @@ public:
         for (char const* graph : kGRAPHS) {
             scratch = std::max(scratch, load(bundle, graph));
         }
-        // Graphs run one behind the other on one stream, so all contexts share their working memory.
+        // Engines run one behind the other on one stream, so all contexts share their working memory.
         scratch_ = allocate(std::max<size_t>(scratch, 1));
         scratchBytes_ = scratch;
     }
 
     ~TensorRt() override {
         cuda_.cuStreamSynchronize(stream_);
-        for (CUgraphExec graph : graphs_) {
+        for (CUgraphExec graph : captured_) {
             cuda_.cuGraphExecDestroy(graph);
         }
         contexts_.clear();
-        engines_.clear();
+        graphs_.clear();
         runtime_.reset();
         for (CUdeviceptr memory : allocated_) {
             cuda_.cuMemFree(memory);
@@ -187,35 +188,19 @@ public:
     }
 
     Run bind(std::string const& graph, Buffers const& inputs, Buffers const& outputs) override {
-        nv::ICudaEngine& engine = *engines_.at(graph);
-        checkTensors(graph, engine, inputs, outputs);
-        int32_t const profile = chooseProfile(graph, engine, inputs);
-        nv::IExecutionContext& context = makeContext(graph, engine);
-        if (!context.setOptimizationProfileAsync(profile, stream_)) {
-            throw Error(text("engine ", graph, " refuses profile ", profile, "; TensorRT's messages above say why"));
+        Graph& stages = graphs_.at(graph);
+        checkNames(graph, stages, inputs, outputs);
+        Buffers buffers = inputs;
+        buffers.insert(outputs.begin(), outputs.end());
+        std::vector<nv::IExecutionContext*> contexts;
+        for (Stage const& stage : stages.stages) {
+            contexts.push_back(&bindStage(stage, stages.between, buffers));
         }
-        for (auto const* buffers : {&inputs, &outputs}) {
-            bool const isInput = buffers == &inputs;
-            for (auto const& [name, buffer] : *buffers) {
-                bool const good = (!isInput || context.setInputShape(name.c_str(), dimsOf(buffer.shape))) &&
-                                  context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(buffer.begin()));
-                if (!good) {
-                    throw Error(text("engine ", graph, " refuses ", name, " of shape ", describe(buffer.shape),
-                                     "; TensorRT's messages above say why"));
+        auto const enqueue = [this, contexts, graph] {
+            for (nv::IExecutionContext* context : contexts) {
+                if (!context->enqueueV3(reinterpret_cast<cudaStream_t>(stream_))) {
+                    throw Error(text("engine ", graph, " failed to run; TensorRT's messages above say why"));
                 }
-            }
-        }
-        for (auto const& [name, buffer] : outputs) {
-            nv::Dims const found = context.getTensorShape(name.c_str());
-            Shape const shape(found.d, found.d + std::max(found.nbDims, 0));
-            if (shape != buffer.shape) {
-                throw Error(text("engine ", graph, " gives ", name, " as ", describe(shape), ", the loop needs ",
-                                 describe(buffer.shape), "; export the bundle again"));
-            }
-        }
-        auto const enqueue = [this, &context, graph] {
-            if (!context.enqueueV3(reinterpret_cast<cudaStream_t>(stream_))) {
-                throw Error(text("engine ", graph, " failed to run; TensorRT's messages above say why"));
             }
         };
         enqueue();  // what TensorRT does once for new shapes must not be captured
@@ -239,7 +224,7 @@ public:
         CUresult const instantiated = cuda_.cuGraphInstantiateWithFlags(&executable, captured, 0);
         cuda_.cuGraphDestroy(captured);
         cuda_.check(instantiated, "making a CUDA graph");
-        graphs_.push_back(executable);
+        captured_.push_back(executable);
         return [this, executable] { cuda_.check(cuda_.cuGraphLaunch(executable, stream_), "running a CUDA graph"); };
     }
 
@@ -282,6 +267,15 @@ public:
     }
 
 private:
+    struct Stage {
+        std::string name;  // among the engines of the manifest
+        std::unique_ptr<nv::ICudaEngine> engine;
+    };
+    struct Graph {
+        std::vector<Stage> stages;
+        Buffers between;  // what one stage leaves to a later one
+    };
+
     // Whether the engines of a bundle are for what is here.
     void check(Bundle const& bundle, int64_t batch) {
         char name[256] = {};
@@ -338,36 +332,112 @@ private:
         }
     }
 
-    // Bytes of working memory of the engine.
+    // The engines of a graph in the order in which they run: "step", and where it was cut "step.1", "step.2", ...
+    // Returns bytes of working memory.
     size_t load(Bundle const& bundle, std::string const& graph) {
         auto const& files = bundle.manifest().targets.at("tensorrt").engines;
-        auto const file = files.find(graph);
+        Graph& loaded = graphs_[graph];
+        size_t scratch = 0;
+        auto file = files.find(graph);
         if (file == files.end()) {
             throw Error(text(bundle.root().string(), ": has no TensorRT engine of ", graph, "; export it again"));
         }
-        Mapped const plan(bundle.path(file->second));
-        std::unique_ptr<nv::ICudaEngine> engine(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
-        if (engine == nullptr) {
-            throw Error(text(bundle.path(file->second).string(),
-                             ": TensorRT refuses the engine, its messages above say why; export the bundle again"));
-        }
+        for (; file != files.end(); file = files.find(text(graph, ".", loaded.stages.size()))) {
+            Mapped const plan(bundle.path(file->second));
+            std::unique_ptr<nv::ICudaEngine> engine(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
+            if (engine == nullptr) {
+                throw Error(text(bundle.path(file->second).string(),
+                                 ": TensorRT refuses the engine, its messages above say why; export the bundle again"));
+            }
 #if NV_TENSORRT_MAJOR >= 10
-        auto const bytes = static_cast<size_t>(engine->getDeviceMemorySizeV2());
+            scratch = std::max(scratch, static_cast<size_t>(engine->getDeviceMemorySizeV2()));
 #else
-        size_t const bytes = engine->getDeviceMemorySize();
+            scratch = std::max(scratch, engine->getDeviceMemorySize());
 #endif
-        engines_[graph] = std::move(engine);
-        return bytes;
+            loaded.stages.push_back({file->first, std::move(engine)});
+        }
+        allocateBetween(loaded);
+        return scratch;
     }
 
-    nv::IExecutionContext& makeContext(std::string const& graph, nv::ICudaEngine& engine) {
+    // Memory of what one stage leaves to a later one, for its largest profile: scales run one behind the other, so they
+    // share it.
+    void allocateBetween(Graph& graph) {
+        std::map<std::string, size_t> sizes;
+        std::set<std::string> made;
+        for (Stage const& stage : graph.stages) {
+            for (std::string const& name : tensorsOf(*stage.engine, nv::TensorIOMode::kINPUT)) {
+                if (made.count(name) == 0) {
+                    continue;
+                }
+                DType const type = dtypeOfTensor(stage.engine->getTensorDataType(name.c_str()), name);
+                for (int32_t profile = 0; profile < stage.engine->getNbOptimizationProfiles(); ++profile) {
+                    nv::Dims const most =
+                        stage.engine->getProfileShape(name.c_str(), profile, nv::OptProfileSelector::kMAX);
+                    auto const count = static_cast<size_t>(volume(Shape(most.d, most.d + most.nbDims)));
+                    sizes[name] = std::max({sizes[name], size_t{1}, count * sizeOf(type)});
+                }
+            }
+            auto const outputs = tensorsOf(*stage.engine, nv::TensorIOMode::kOUTPUT);
+            made.insert(outputs.begin(), outputs.end());
+        }
+        for (auto const& [name, size] : sizes) {
+            graph.between[name].address = allocate(size);
+            graph.between[name].capacityBytes = size;
+        }
+    }
+
+    // One engine on its buffers; what it leaves to later ones is entered into `buffers`.
+    nv::IExecutionContext& bindStage(Stage const& stage, Buffers const& between, Buffers& buffers) {
+        nv::ICudaEngine const& engine = *stage.engine;
+        auto const inputs = tensorsOf(engine, nv::TensorIOMode::kINPUT);
+        int32_t const profile = chooseProfile(stage, inputs, buffers);
+        nv::IExecutionContext& context = makeContext(stage);
+        if (!context.setOptimizationProfileAsync(profile, stream_)) {
+            throw Error(
+                text("engine ", stage.name, " refuses profile ", profile, "; TensorRT's messages above say why"));
+        }
+        auto const setAddress = [&](std::string const& name, bool good) {
+            Buffer const& buffer = buffers.at(name);
+            DType const type = dtypeOfTensor(engine.getTensorDataType(name.c_str()), name);
+            if (type != buffer.type) {
+                throw Error(text("engine ", stage.name, " takes ", name, " as ", nameOf(type), ", its graph as ",
+                                 nameOf(buffer.type), "; export the bundle again"));
+            }
+            if (!good || !context.setTensorAddress(name.c_str(), reinterpret_cast<void*>(buffer.begin()))) {
+                throw Error(text("engine ", stage.name, " refuses ", name, " of shape ", describe(buffer.shape),
+                                 "; TensorRT's messages above say why"));
+            }
+        };
+        for (std::string const& name : inputs) {
+            setAddress(name, context.setInputShape(name.c_str(), dimsOf(buffers.at(name).shape)));
+        }
+        for (std::string const& name : tensorsOf(engine, nv::TensorIOMode::kOUTPUT)) {
+            nv::Dims const found = context.getTensorShape(name.c_str());
+            Shape const shape(found.d, found.d + std::max(found.nbDims, 0));
+            auto const [buffer, isBetween] = buffers.try_emplace(name);
+            if (isBetween) {
+                buffer->second = between.at(name);
+                buffer->second.type = dtypeOfTensor(engine.getTensorDataType(name.c_str()), name);
+                buffer->second.shape = shape;
+            } else if (shape != buffer->second.shape) {
+                throw Error(text("engine ", stage.name, " gives ", name, " as ", describe(shape), ", the loop needs ",
+                                 describe(buffer->second.shape), "; export the bundle again"));
+            }
+            setAddress(name, true);
+        }
+        return context;
+    }
+
+    nv::IExecutionContext& makeContext(Stage const& stage) {
+        nv::ICudaEngine& engine = *stage.engine;
 #if NV_TENSORRT_MAJOR >= 10
         contexts_.emplace_back(engine.createExecutionContext(nv::ExecutionContextAllocationStrategy::kUSER_MANAGED));
 #else
         contexts_.emplace_back(engine.createExecutionContextWithoutDeviceMemory());
 #endif
         if (contexts_.back() == nullptr) {
-            throw Error(text("engine ", graph, " gives no execution context; free GPU memory"));
+            throw Error(text("engine ", stage.name, " gives no execution context; free GPU memory"));
         }
 #if NV_TENSORRT_MAJOR >= 10
         contexts_.back()->setDeviceMemoryV2(reinterpret_cast<void*>(scratch_), static_cast<int64_t>(scratchBytes_));
@@ -377,48 +447,61 @@ private:
         return *contexts_.back();
     }
 
-    static void checkTensors(std::string const& graph, nv::ICudaEngine const& engine, Buffers const& inputs,
-                             Buffers const& outputs) {
-        size_t bound = 0;
+    static std::vector<std::string> tensorsOf(nv::ICudaEngine const& engine, nv::TensorIOMode mode) {
+        std::vector<std::string> names;
         for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
-            std::string const name = engine.getIOTensorName(i);
-            bool const isInput = engine.getTensorIOMode(name.c_str()) == nv::TensorIOMode::kINPUT;
-            Buffers const& buffers = isInput ? inputs : outputs;
-            auto const buffer = buffers.find(name);
-            if (buffer == buffers.end()) {
-                throw Error(text("engine ", graph, " has an ", isInput ? "input " : "output ", name,
-                                 " that its graph does not have; export the bundle again"));
+            char const* const name = engine.getIOTensorName(i);
+            if (engine.getTensorIOMode(name) == mode) {
+                names.emplace_back(name);
             }
-            DType const type = dtypeOfTensor(engine.getTensorDataType(name.c_str()), name);
-            if (type != buffer->second.type) {
-                throw Error(text("engine ", graph, " takes ", name, " as ", nameOf(type), ", its graph as ",
-                                 nameOf(buffer->second.type), "; export the bundle again"));
-            }
-            ++bound;
         }
-        if (bound != inputs.size() + outputs.size()) {
-            throw Error(text("engine ", graph, " has ", bound, " tensors, its graph ", inputs.size() + outputs.size(),
-                             "; export the bundle again"));
+        return names;
+    }
+
+    // Whether the engines have the inputs and outputs of their graph, and no others.
+    static void checkNames(std::string const& graph, Graph const& stages, Buffers const& inputs,
+                           Buffers const& outputs) {
+        for (bool const isInput : {true, false}) {
+            Buffers const& given = isInput ? inputs : outputs;
+            std::set<std::string> found;
+            for (Stage const& stage : stages.stages) {
+                for (std::string const& name :
+                     tensorsOf(*stage.engine, isInput ? nv::TensorIOMode::kINPUT : nv::TensorIOMode::kOUTPUT)) {
+                    if (given.count(name) == 0 && stages.between.count(name) == 0) {
+                        throw Error(text("engine ", stage.name, " has an ", isInput ? "input " : "output ", name,
+                                         " that its graph does not have; export the bundle again"));
+                    }
+                    found.insert(name);
+                }
+            }
+            for (auto const& [name, buffer] : given) {
+                if (found.count(name) == 0) {
+                    throw Error(text("engine ", graph, " lacks the ", isInput ? "input " : "output ", name,
+                                     " of its graph; export the bundle again"));
+                }
+            }
         }
     }
 
     // The profile that was made for these shapes: the one whose optimum they are, else the first that takes them.
-    static int32_t chooseProfile(std::string const& graph, nv::ICudaEngine const& engine, Buffers const& inputs) {
+    static int32_t chooseProfile(Stage const& stage, std::vector<std::string> const& inputs, Buffers const& buffers) {
+        nv::ICudaEngine const& engine = *stage.engine;
         int32_t first = -1;
         for (int32_t profile = 0; profile < engine.getNbOptimizationProfiles(); ++profile) {
             bool fits = true;
             bool exact = true;
-            for (auto const& [name, buffer] : inputs) {
-                auto const limit = [&, &tensor = name](nv::OptProfileSelector which) {
-                    return engine.getProfileShape(tensor.c_str(), profile, which);
+            for (std::string const& name : inputs) {
+                Shape const& shape = buffers.at(name).shape;
+                auto const limit = [&](nv::OptProfileSelector which) {
+                    return engine.getProfileShape(name.c_str(), profile, which);
                 };
                 nv::Dims const least = limit(nv::OptProfileSelector::kMIN);
                 nv::Dims const best = limit(nv::OptProfileSelector::kOPT);
                 nv::Dims const most = limit(nv::OptProfileSelector::kMAX);
-                for (size_t i = 0; i < buffer.shape.size(); ++i) {
-                    fits = fits && static_cast<int32_t>(buffer.shape.size()) == most.nbDims &&
-                           least.d[i] <= buffer.shape[i] && buffer.shape[i] <= most.d[i];
-                    exact = exact && best.d[i] == buffer.shape[i];
+                for (size_t i = 0; i < shape.size(); ++i) {
+                    fits = fits && static_cast<int32_t>(shape.size()) == most.nbDims && least.d[i] <= shape[i] &&
+                           shape[i] <= most.d[i];
+                    exact = exact && best.d[i] == shape[i];
                 }
             }
             if (fits && exact) {
@@ -430,10 +513,10 @@ private:
         }
         if (first < 0) {
             std::string shapes;
-            for (auto const& [name, buffer] : inputs) {
-                shapes += text(shapes.empty() ? "" : ", ", name, " ", describe(buffer.shape));
+            for (std::string const& name : inputs) {
+                shapes += text(shapes.empty() ? "" : ", ", name, " ", describe(buffers.at(name).shape));
             }
-            throw Error(text("engine ", graph, " has no profile for ", shapes, "; export the bundle again"));
+            throw Error(text("engine ", stage.name, " has no profile for ", shapes, "; export the bundle again"));
         }
         return first;
     }
@@ -448,9 +531,9 @@ private:
     Logger logger_;
     Library library_;
     std::unique_ptr<nv::IRuntime> runtime_;
-    std::map<std::string, std::unique_ptr<nv::ICudaEngine>> engines_;
+    std::map<std::string, Graph> graphs_;
     std::deque<std::unique_ptr<nv::IExecutionContext>> contexts_;
-    std::vector<CUgraphExec> graphs_;
+    std::vector<CUgraphExec> captured_;
     std::vector<CUdeviceptr> allocated_;
     uint64_t scratch_ = 0;
     size_t scratchBytes_ = 0;
