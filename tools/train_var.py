@@ -8,18 +8,15 @@ that is block-causal without paying for a dense mask. `tests/demo/test_training.
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import training
 from picture_vq import PictureVq, demo_sizes, load_picture_vq, tokenize
+from scale_training import Attend, Task, options, parse, train
 from torch import Tensor, nn
 
 from toprovar.backbones.base import layer_norm
@@ -27,46 +24,8 @@ from toprovar.backbones.var import VAR, VARSpec
 from toprovar.backbones.vqvae import VQVAE
 from toprovar.demo.pictures import CLASSES, render
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 Layer = Callable[[nn.Module, Tensor, Tensor, Attend], Tensor]
 FIRST_SEED = 1 << 30  # other pictures than the VQVAE saw
-_LOSS_POWER = 0.35  # see scale_weights
-_LEFT_OUT = (0, 2, 4)  # last scales that a picture of each part of a batch is trained without
-_BATCH_HELP = "pictures a step and process: whole, without the last 2 scales, without the last 4"
-
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
-def block_causal_mask(tokens: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
-    """Return `[L, L]` bool: a token sees every token of its own and of earlier scales."""
-    scale = torch.repeat_interleave(torch.arange(len(tokens)), torch.tensor(tokens)).to(device)
-    return scale[:, None] >= scale[None, :]
-
-
-def attend_by_scale(tokens: Sequence[int], device: torch.device, small: int = 160) -> Attend:
-    """Block-causal attention without a mask where it costs: scales of many tokens run one call each over their past.
-
-    The first scales (together at most `small` tokens) share one masked call. q, k, v: `[B, H, L, D]`, softmax scale 1.
-    Training the demo on an H100 this way made 1029 pictures a second, FlexAttention with a block mask 827.
-    """
-    ends = list(accumulate(tokens))
-    shared = max((end for end in ends if end <= small), default=ends[0])
-    first = ends.index(shared) + 1
-    mask = block_causal_mask(tokens[:first], device)
-    cuts = [0, *ends]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        head = F.scaled_dot_product_attention(
-            q[:, :, :shared], k[:, :, :shared], v[:, :, :shared], attn_mask=mask, scale=1.0
-        )
-        parts = [head]
-        for s in range(first, len(tokens)):
-            a, b = cuts[s], cuts[s + 1]
-            parts.append(F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=1.0))
-        return torch.cat(parts, dim=2)
-
-    return attend
-
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -136,55 +95,26 @@ def forward(
     return x, context
 
 
-def scale_weights(tokens: Sequence[int], power: float, device: torch.device) -> Tensor:
-    """Return `[L]` loss weights, mean 1: a token of a scale with n tokens weighs n ** -power.
-
-    Plain averaging (power 0) gives the first five scales together 3 % of the loss, too little for a short run to
-    learn a picture's layout from.
-    """
-    weights = torch.cat([torch.full((n,), float(n) ** -power) for n in tokens]).to(device)
-    return weights / weights.mean()
-
-
-def split_parameters(model: VAR) -> tuple[list[tuple[nn.Parameter, int]], list[nn.Parameter]]:
-    """Return the matrices inside the layers, which `Muon` trains, with their pieces, and all other parameters."""
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if name.endswith(("attn.mat_qkv.weight", "attn.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight")):
-            matrices.append((parameter, 3 if "qkv" in name else 1))
-        elif not name.startswith("vae."):
-            others.append(parameter)
-    return matrices, others
-
-
 # ------------------------------------------------------------------------------------------------------------- training
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vae", type=Path, help="checkpoint of train_vqvae.py")
-    parser.add_argument("--minutes", type=float, default=13.6)
-    parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, nargs=3, default=[32, 96, 256], help=_BATCH_HELP)
+    parser = options(
+        str(__doc__),
+        "train_vqvae.py",
+        minutes=13.6,
+        batch=[32, 96, 256],
+        lr=2.5e-3,
+        muon_lr=0.025,
+        pool=36864,
+        reuse=6.0,
+    )
     parser.add_argument("--depth", type=int, default=10)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2.5e-3, help="of AdamW")
-    parser.add_argument("--muon-lr", type=float, default=0.025)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--graph", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--pool", type=int, default=36864)
-    parser.add_argument("--lot", type=int, default=768)
-    parser.add_argument("--reuse", type=float, default=6.0)
     parser.add_argument("--corrupt", type=float, default=0.2, help="most tokens a picture's inputs get wrong")
-    parser.add_argument("--rehearse", action="store_true", help="time --steps, save nothing; no --vae needed")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.manual_seed(0)
+    args = parse(parser)
     team = training.Team()
     device = team.device
-
-    if args.vae is None and not args.rehearse:
-        parser.error("--vae is needed: the checkpoint of train_vqvae.py")
     if args.vae is None:
         tokenizer = PictureVq(demo_sizes()).requires_grad_(False).to(device, memory_format=torch.channels_last)
     else:
@@ -201,119 +131,41 @@ def main() -> None:
         return torch.from_numpy(labels).to(device), tokens.to(torch.int16), inputs.half()
 
     model = build(args.depth, args.width, len(CLASSES), vae).to(device)
-    named = {name: p for name, p in model.named_parameters() if not name.startswith("vae.")}
-    parameters, tokens_of = list(named.values()), model.spec.tokens
-    team.same(parameters)
-    torch.manual_seed(1000 + team.rank)  # from here on processes differ: in wrong tokens, not in weights
-    # A picture without its last scales costs a quarter, or a sixteenth, and is worth as much where the layout is decided.
-    counts = [len(tokens_of) - left_out for left_out in _LEFT_OUT]
-    views = [(attend_by_scale(tokens_of[:count], device), sum(tokens_of[:count])) for count in counts]
-    pictures = torch.zeros(sum(tokens_of), device=device)  # that a token is seen of
-    for size, (_, length) in zip(args.batch, views, strict=True):
-        pictures[:length] += size
-    weights = scale_weights(tokens_of, _LOSS_POWER, device)
-    matrices, others = split_parameters(model)
-    muon, optimiser = training.Muon(matrices), training.adamw(others, device, 0.02, (0.9, 0.95))
-    average = training.Average(named, 0.998)
+    layer: Layer = run_layer
 
     def token_loss(x: Tensor, head_modulation: Tensor, tokens: Tensor) -> Tensor:
         """Nats of every token, summed over the pictures, `[L]`."""
         logits = model.head(x, {"head_modulation": head_modulation})
         return F.cross_entropy(logits.flatten(0, 1), tokens.T.flatten(), reduction="none").view(tokens.T.shape).sum(1)
 
-    layer: Layer = run_layer
     if args.compile:
         layer, token_loss = torch.compile(run_layer, dynamic=False), torch.compile(token_loss, dynamic=False)
 
-    def step(labels: Tensor, tokens: Tensor, inputs: Tensor) -> Tensor:
-        """Forward and backward of all parts of a batch: the nats of every token `[L]`."""
-        nats = torch.zeros_like(pictures)
-        parts = [t.split(args.batch) for t in (labels, tokens, inputs)]
-        with team.autocast(cache=not args.graph):
-            for label, token, seen, (attend, length) in zip(*parts, views, strict=True):
-                x, context = forward(model, label, seen[:, : length - 1].float(), attend, layer)
-                summed = token_loss(x, context["head_modulation"], token[:, :length].long())
-                nats = nats + F.pad(summed, (0, len(nats) - length))
-        nats = nats / pictures
-        (nats * weights).mean().backward()
-        return nats.detach()
+    def prepare(labels: Tensor, tokens: Tensor, inputs: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
+        return torch.where(dropped, len(CLASSES), labels), tokens, inputs
 
-    clock = training.Clock(team, args.minutes, args.steps)
-    saved = None if args.rehearse else training.load_checkpoint(args.out / "var.ckpt", device)
-    if saved:
-        model.load_state_dict(saved["model"], strict=False)
-        optimiser.load_state_dict(saved["optimiser"])
-        muon.load(saved["muon"])
-        average.mean, average.count = saved["average"], int(saved["average_count"])
-        clock.load(saved["clock"])
-        seeds.next = saved["seeds"]
-    if args.rehearse:
-        args.pool = args.lot
-    began = time.perf_counter()
-    pool = training.Pool(make, args.pool, args.lot, args.reuse, 100 + team.rank + clock.step)
-    millions = sum(p.numel() for p in parameters) / 1e6
-    team.say(f"var: {millions:.2f} M parameters, pool ready {time.perf_counter() - began:.1f} s")
-    generator = torch.Generator(device=device).manual_seed(7 + team.rank + clock.step)
-    going, began, marked, history, first = True, time.perf_counter(), None, [], clock.step
-    while going:
-        labels, tokens, inputs = pool.take(sum(args.batch))
-        dropped = torch.rand(len(labels), generator=generator, device=device) < 0.1
-        labels = torch.where(dropped, len(CLASSES), labels)
-        for group in optimiser.param_groups:
-            group["lr"] = training.cosine(clock.share, args.lr)
-        muon.lr = training.cosine(clock.share, args.muon_lr)
-        if marked is None and args.graph:
-            step = training.captured(step, labels, tokens, inputs)
-        model.zero_grad(set_to_none=not args.graph)  # a captured graph adds to the gradients it knows
-        by_token = step(labels, tokens, inputs)
-        team.average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        optimiser.step()
-        muon.step()
-        average.update()
-        if marked is None:  # the first step compiles: it is not training time
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            team.say(f"var: first step {time.perf_counter() - began:.1f} s")
-            clock.restart()
-            marked = time.perf_counter()
-        going = clock.tick()
-        if clock.step % 100 == 0 or not going or (args.rehearse and clock.step % 10 == 0):
-            scales = [round(float(part.mean()), 2) for part in by_token.split(tokens_of)]
-            rate = (clock.step - first) * sum(args.batch) * team.size / max(1e-9, time.perf_counter() - marked)
-            history.append((clock.step, round(float(by_token.mean()), 4)))
-            team.say(
-                f"var step {clock.step} share {clock.share:.3f} nats/token {float(by_token.mean()):.3f} "
-                f"by scale {scales} pictures/s {rate:.0f}"
-            )
-        if team.leads and not args.rehearse and (clock.step % 1000 == 0 or not going):
-            state = {"model": named, "optimiser": optimiser.state_dict(), "muon": muon.state(), "average": average.mean}
-            state |= {"average_count": average.count, "clock": clock.state(), "seeds": seeds.next}
-            training.save_checkpoint(args.out / "var.ckpt", state)
-    if team.leads and not args.rehearse:
-        shipped = {k: v for k, v in model.state_dict().items() if not k.startswith("vae.")} | average.state()
-        size = training.save_weights(args.out / "var.safetensors", shipped, {"format": "pt"})
-        facts = {
-            "parameters": sum(p.numel() for p in parameters),
-            "depth": args.depth,
-            "width": args.width,
-            "patches": list(vae.spec.patch_nums),
-            "steps": clock.step,
-            "batch": [size * team.size for size in args.batch],
-            "pictures_seen": [clock.step * size * team.size for size in args.batch],
-            "pictures_drawn": (seeds.next - FIRST_SEED) * team.size,
-            "nats_per_token": history[-1][1],
-            "nats_per_token_by_scale": scales,
-            "history": history,
-            "lr": args.lr,
-            "muon_lr": args.muon_lr,
-            "minutes": round((time.perf_counter() - began) / 60, 2),
-            "machine": training.machine(team.size),
-            "size_bytes": size,
-        }
-        training.save_json(args.out / "var.json", facts)
-        team.say("var done", {k: v for k, v in facts.items() if k != "history"})
-    team.close()
+    def nats(labels: Tensor, tokens: Tensor, inputs: Tensor, attend: Attend, total: int) -> Tensor:
+        x, context = forward(model, labels, inputs[:, : total - 1].float(), attend, layer)
+        return token_loss(x, context["head_modulation"], tokens[:, :total].long())
+
+    def ship() -> int:
+        shipped = {k: v for k, v in model.state_dict().items() if not k.startswith("vae.")}
+        return training.save_weights(args.out / "var.safetensors", shipped, {"format": "pt"})
+
+    task = Task(
+        name="var",
+        unit="token",
+        model=model,
+        trained={name: p for name, p in model.named_parameters() if not name.startswith("vae.")},
+        matrices={"attn.mat_qkv": 3, "attn.proj": 1, "ffn.fc1": 1, "ffn.fc2": 1},
+        tokens=model.spec.tokens,
+        make=make,
+        prepare=prepare,
+        nats=nats,
+        ship=ship,
+        facts={"depth": args.depth, "width": args.width, "patches": list(vae.spec.patch_nums)},
+    )
+    train(args, team, seeds, task)
 
 
 if __name__ == "__main__":

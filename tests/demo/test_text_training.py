@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 
 picture_bits = pytest.importorskip("picture_bits")
 import train_infinity  # noqa: E402
-from train_var import attend_by_scale  # noqa: E402
+from scale_training import attend_by_scale  # noqa: E402
 
 from toprovar.backbones.bsq_vae import BitQuantizer, load_bsq_vae  # noqa: E402
 from toprovar.demo.captions import WORD_IDS, parse  # noqa: E402

@@ -16,6 +16,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 picture_vq = pytest.importorskip("picture_vq")
+import scale_training  # noqa: E402
 import train_var  # noqa: E402
 import training  # noqa: E402
 
@@ -127,14 +128,14 @@ def test_training_pass_equals_the_backbone(vae: VQVAE, small: int) -> None:
     model = train_var.build(2, 64, 12, vae)
     labels = torch.tensor([3, 12])
     _, inputs = picture_vq.tokenize(vae.quantize, torch.randn(2, 8, 8, 8))
-    attend = train_var.attend_by_scale(model.spec.tokens, torch.device("cpu"), small)
+    attend = scale_training.attend_by_scale(model.spec.tokens, torch.device("cpu"), small)
     x, context = train_var.forward(model, labels, inputs, attend)
     logits = model.head(x, context).transpose(0, 1)
     assert torch.allclose(logits, model.forward_training(labels, inputs), atol=1e-5)
 
 
 def test_loss_weights_favour_early_scales_and_average_to_one() -> None:
-    weights = train_var.scale_weights((1, 4, 16), 0.25, torch.device("cpu"))
+    weights = scale_training.scale_weights((1, 4, 16), 0.25, torch.device("cpu"))
     assert float(weights.mean()) == pytest.approx(1.0) and weights[0] > weights[1] > weights[-1]
 
 
