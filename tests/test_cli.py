@@ -31,6 +31,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_bundle(tmp_path_factory.mktemp("bundles") / "tiny.bundle")
 
 
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_bundle(tmp_path_factory.mktemp("bundles") / "text.bundle", text=True)
+
+
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
     """Run a command in an empty folder; a traceback fails the test."""
@@ -190,6 +195,19 @@ def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
         (("run", "{bundle}", "-l", "disc", "-t", "torch", "--vae", "x"), "give --checkpoint and --vae"),
         (("run", "{bundle}", "-l", "disc", "--provider", "cuda"), "no CUDA provider"),
         (("run", "{bundle}", "-l", "disc", "--batch-size", "0"), "batch size is 0"),
+        (("run", "{bundle}", "-l", "disc", "--checkpoint", "x"), "--checkpoint, --vae: target onnxruntime runs"),
+        (
+            ("run", "{bundle}", "-l", "disc", "-t", "torch", "--provider", "gpu"),
+            "provider is 'gpu'; valid: auto, cpu, cuda",
+        ),
+        (("run", "{bundle}", "-l", "disc", "-t", "torch", "--threads", "0"), "threads is 0"),
+        (("verify", "{bundle}", "--tolerance", "nan"), "tolerance is nan"),
+        (("calibrate", "-o", "no/c.json"), "no/c.json: cannot be written: its folder no does not exist"),
+        (("export", "-o", "no/x.bundle"), "its folder no does not exist"),
+        (("export", "--seed", "-1"), "seed is -1"),
+        (("export", "--backbone", "cat"), "backbone 'cat' is unknown: it is one of var, infinity, infinity-125m"),
+        (("demo", "--threads", "0"), "threads is 0"),
+        (("compare", "{bundle}", "{text}"), "labels; give two bundles of one model"),
         (("compare", "{bundle}"), "give another bundle or --other-target"),
         (("bench", "{bundle}", "--class", "cats"), "no prompt class 'cats'"),
         (("bench", "{bundle}", "--repeat", "1", "-o", "x.txt"), "ends in .json"),
@@ -200,10 +218,29 @@ def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(
-    invoke: Invoke, bundle: Path, tmp_path: Path, arguments: tuple[str, ...], text: str
+    invoke: Invoke, bundle: Path, text_bundle: Path, tmp_path: Path, arguments: tuple[str, ...], text: str
 ) -> None:
-    assert text in one_line(invoke(*(argument.format(bundle=bundle) for argument in arguments)))
+    assert text in one_line(invoke(*(argument.format(bundle=bundle, text=text_bundle) for argument in arguments)))
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("run",), "error: missing argument 'BUNDLE'; see "),
+        (("run", "x.bundle", "--seed", "abc"), "error: invalid value for '--seed': "),
+        (("run", "x.bundle", "--surprise"), "error: no such option: --surprise"),
+        (("moon",), "error: no such command 'moon'; see "),
+    ],
+)
+def test_what_typer_refuses_is_one_line_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["toprovar", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        toprovar.cli.main()
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.startswith(text) and message.count("\n") == 1
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,12 +46,28 @@ F = TypeVar("F", bound=Callable[..., None])
 
 def main() -> None:
     """Entry point ``toprovar``."""
-    app()
+    _run(app)
 
 
 def export_main() -> None:
     """Entry point ``toprovar-export``: the same as ``toprovar export``."""
-    export_app()
+    _run(export_app)
+
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's, of whichever copy of click Typer uses
+
+
+def _run(program: typer.Typer) -> None:
+    """Typer's own mistakes of a user, an unknown option and the like, are one line here too."""
+    try:
+        sys.exit(program(standalone_mode=False))
+    except _UsageError as error:
+        if len(sys.argv) == 1:  # the error is the help
+            error.show()
+        else:
+            message = error.format_message().rstrip(".")
+            typer.echo(f"error: {message[0].lower()}{message[1:]}; see {error.ctx.command_path} --help", err=True)
+        sys.exit(USER_ERROR)
 
 
 # What a user can mend, of what the operating system refuses; everything else keeps its traceback.
@@ -93,7 +110,9 @@ def _fail(message: str, error: BaseException) -> None:
 # Options that several verbs share. Optional[...] and not "| None": Typer evaluates them, on Python 3.10 too.
 BundleArgument = Annotated[Path, typer.Argument(help="The folder that export wrote.", metavar="BUNDLE")]
 TargetOption = Annotated[str, typer.Option("--target", "-t", help="What runs it: onnxruntime, torch, tensorrt.")]
-ProviderOption = Annotated[str, typer.Option(help="Of onnxruntime and torch: auto, cpu, cuda.")]
+ProviderOption = Annotated[
+    str, typer.Option(help="Of onnxruntime and torch: auto, cpu, cuda. With torch, auto is cpu.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads per operator. Default: all cores.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", "-b", help="Most pictures at once.")]
 PromptOption = Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Of a text model; repeat.")]
@@ -114,6 +133,11 @@ CheckpointOption = Annotated[
     Path | None, typer.Option(help="Of the transformer. Default: the embedded demo of the backbone.")
 ]
 VaeOption = Annotated[Path | None, typer.Option(help="Checkpoint of the tokenizer that belongs to it.")]
+TorchCheckpointOption = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="What target torch runs: the transformer. Default: the embedded demo."),
+]
+TorchVaeOption = Annotated[Path | None, typer.Option("--vae", help="And its tokenizer.")]
 TextEncoderOption = Annotated[
     str | None, typer.Option(help="T5 encoder of a text model: a folder, or a name, google/flan-t5-xl.")
 ]
@@ -157,7 +181,8 @@ def export(
     plan: Annotated[Path | None, typer.Option(help="A plan in place of a profile.")] = None,
     drop_scales: Annotated[int | None, typer.Option(help="Leave out this many last scales.")] = None,
     target: Annotated[
-        list[str] | None, typer.Option("--target", "-t", help="onnxruntime, tensorrt, tensorrt-rtx.")
+        list[str] | None,
+        typer.Option("--target", "-t", help="onnxruntime, tensorrt, tensorrt-rtx; repeat. Default: onnxruntime."),
     ] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, fp16.")] = "auto",
     aspect: AspectOption = None,
@@ -174,7 +199,10 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: NAME-PROFILE.bundle.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Compile a checkpoint into a bundle: calibrate, plan, prune, export, build engines, package."""
+    """Compile a checkpoint into a bundle. Calibrates, plans, prunes, exports, builds engines and packages."""
+    _check(seed=seed)
+    if output is not None:
+        _has_folder(output)
     source = _source(backbone, checkpoint, vae, labels, text_encoder, features, aspect, resolution, text_tokens)
     from toprovar.exporter import build
     from toprovar.exporter.source import SamplingWish
@@ -226,7 +254,7 @@ def calibrate(
     device: DeviceOption = "auto",
     force: ForceOption = False,
 ) -> None:
-    """Measure a checkpoint's attention entropy: per token, layer, scale and prompt class."""
+    """Measure a checkpoint's attention entropy. The result is by layer, scale and prompt class."""
     _free(output, force)
     source = _source(backbone, checkpoint, vae, labels, text_encoder, features, aspect, resolution, text_tokens)
     from toprovar.exporter import build
@@ -251,7 +279,7 @@ def calibrate(
 @_verb
 def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration, JSON.", metavar="CALIBRATION")],
-    profile: Annotated[str, typer.Option(help="quality, balanced, fast, extreme, or a TOML file.")] = "balanced",
+    profile: Annotated[str, typer.Option(help="quality, balanced, fast, extreme, dense, or a TOML file.")] = "balanced",
     drop_scales: Annotated[int | None, typer.Option(help="Leave out this many last scales.")] = None,
     floor: Annotated[
         list[str] | None,
@@ -272,7 +300,7 @@ def plan(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The plan, JSON.")] = None,
     force: ForceOption = False,
 ) -> None:
-    """Decide what a profile prunes of a calibrated checkpoint, or, with --floor, what costs least above a floor.
+    """Decide what to prune of a calibrated checkpoint. By a profile, or, with --floor, what costs least above a floor.
 
     Only a search needs the checkpoint: it makes pictures and compares them with the dense ones.
     """
@@ -323,8 +351,8 @@ def run(
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 1,
-    checkpoint: CheckpointOption = None,
-    vae: VaeOption = None,
+    checkpoint: TorchCheckpointOption = None,
+    vae: TorchVaeOption = None,
 ) -> None:
     """Make pictures."""
     _ends_in(output, ".png", "pictures are written as PNG")
@@ -361,10 +389,10 @@ def sample(
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 1,
-    checkpoint: CheckpointOption = None,
-    vae: VaeOption = None,
+    checkpoint: TorchCheckpointOption = None,
+    vae: TorchVaeOption = None,
 ) -> None:
-    """Make the pictures that a public benchmark scores, in the folders that it reads. Goes on where it stopped."""
+    """Make the pictures that a public benchmark scores. They are in the folders that it reads; goes on where it stopped."""
     from toprovar.runtime import benchmarks
 
     kind = cast("benchmarks.Kind", benchmark)
@@ -382,7 +410,7 @@ def sample(
 @app.command()
 @_verb
 def inspect(bundle: BundleArgument) -> None:
-    """Show what a bundle holds: graphs, schedules, sizes, where it comes from. Checks every file."""
+    """Show what a bundle holds, and check it. Graphs, schedules, sizes, where it comes from, the hash of every file."""
     from toprovar.runtime.bundle import open_bundle
     from toprovar.runtime.inspect import describe
 
@@ -400,12 +428,14 @@ def verify(
         float | None,
         typer.Option(help="Largest difference of a pixel in [0, 1]. Default: 0.001; in half precision 2/255."),
     ] = None,
-    checkpoint: CheckpointOption = None,
-    vae: VaeOption = None,
+    checkpoint: TorchCheckpointOption = None,
+    vae: TorchVaeOption = None,
 ) -> None:
-    """Replay the golden trace: equal tokens, equal pictures. Exit status 1 if not."""
+    """Replay the golden trace of a bundle. Equal tokens, equal pictures: exit status 1 if not."""
     from toprovar.runtime import verify as verification
 
+    if tolerance is not None and not 0 <= tolerance <= 1:
+        raise InputError(f"tolerance is {tolerance}; give the largest difference of a pixel, 0 to 1")
     session = _session(bundle, target, provider, threads, 1, checkpoint, vae)
     with _progress("golden trace") as progress:
         verdict = verification.verify(session, tolerance, progress)
@@ -432,8 +462,8 @@ def compare(
     provider: ProviderOption = "auto",
     threads: ThreadsOption = None,
     batch_size: BatchOption = 1,
-    checkpoint: CheckpointOption = None,
-    vae: VaeOption = None,
+    checkpoint: TorchCheckpointOption = None,
+    vae: TorchVaeOption = None,
     judge: Annotated[
         bool,
         typer.Option(
@@ -442,14 +472,19 @@ def compare(
     ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON; Markdown goes beside it.")] = None,
 ) -> None:
-    """Compare two bundles, or two targets, on the same prompts and noise: equal tokens, PSNR, SSIM."""
+    """Compare two bundles, or two targets. On the same prompts and noise: equal tokens, PSNR, SSIM."""
     _ends_in(output, ".json", "measurements are written as JSON")
     from toprovar.runtime import compare as comparison
 
     if other is None and other_target == target:
         raise InputError("compare: a bundle with itself on the same target; give another bundle or --other-target")
-    first = _session(other or bundle, other_target, provider, threads, batch_size, checkpoint, vae)
-    second = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
+
+    def session(place: Path, on: str) -> Session:
+        leave_out = on != "torch" and "torch" in (target, other_target)  # they are for the other one
+        files = (None, None) if leave_out else (checkpoint, vae)
+        return _session(place, on, provider, threads, batch_size, *files)
+
+    first, second = session(other or bundle, other_target), session(bundle, target)
     asked = _asked(first, seed, count, label, prompt, prompts, features, prompt_class)
     judges = None
     if judge:
@@ -476,8 +511,8 @@ def bench(
     threads: ThreadsOption = None,
     batch_size: BatchOption = 1,
     trtexec: Annotated[bool, typer.Option("--trtexec", help="Run the engines in trtexec, too (tensorrt).")] = False,
-    checkpoint: CheckpointOption = None,
-    vae: VaeOption = None,
+    checkpoint: TorchCheckpointOption = None,
+    vae: TorchVaeOption = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON; Markdown goes beside it.")] = None,
 ) -> None:
     """Measure latency scale by scale. A bundle that fails its golden trace is not measured."""
@@ -522,7 +557,7 @@ def report(
         "report.html"
     ),
 ) -> None:
-    """What a faster picture costs, on one page: of bundles, measured now, and of stored measurements."""
+    """Show what a faster picture costs, on one page. Of bundles, measured now, and of stored measurements."""
     _ends_in(output, ".html", "a report is written as HTML")
     from toprovar.runtime import report as reporting
 
@@ -555,7 +590,8 @@ def demo(
     threads: ThreadsOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """The embedded checkpoint through the whole of toprovar: dense, dropped scales, every profile; report."""
+    """Take both embedded checkpoints through all of it. Dense, dropped scales, every profile, and a report of them."""
+    _check(seed=seed, threads=threads)
     from toprovar.demo import tour
 
     with _stages() as stage:
@@ -633,6 +669,13 @@ def _session(
     checkpoint: Path | None,
     vae: Path | None,
 ) -> Session:
+    _check(threads=threads)
+    if provider not in _PROVIDERS:
+        raise InputError(f"provider is {provider!r}; valid: {', '.join(_PROVIDERS)}")
+    if target != "torch" and (checkpoint or vae):
+        raise InputError(
+            f"--checkpoint, --vae: target {target} runs the bundle's own graphs; they are for target torch"
+        )
     from toprovar.runtime.session import Session
 
     options: dict[str, Any] = {}
@@ -717,15 +760,36 @@ def _publish(document: dict[str, Any], text: str, output: Path | None) -> None:
     write_text(output.with_suffix(".md"), text)
 
 
+# Before the work, not behind it: what would be wrong with a result's place, or an option that is used late.
+
+
 def _ends_in(path: Path | None, suffix: str, what: str) -> None:
-    """Before the work, not behind it."""
-    if path is not None and path.suffix != suffix:
+    if path is None:
+        return
+    if path.suffix != suffix:
         raise InputError(f"{path}: {what}; give a name that ends in {suffix}")
+    _has_folder(path)
 
 
 def _free(path: Path, force: bool) -> None:
     if path.exists() and not force:
         raise InputError(f"{path}: is there already; --force replaces it")
+    _has_folder(path)
+
+
+def _has_folder(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: its folder {path.parent} does not exist; make it first")
+
+
+def _check(seed: int = 0, threads: int | None = None) -> None:
+    if not 0 <= seed < 1 << 64:
+        raise InputError(f"seed is {seed}; give 0 to 2^64 - 1")
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}; give 1 or more")
+
+
+_PROVIDERS = ("auto", "cpu", "cuda")
 
 
 def _console() -> Any:

@@ -95,9 +95,9 @@ def test_what_is_there_is_not_made_again(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "name", "text", "said"),
     [
-        ("geneval", "m.jsonl", '{"tag": "x"}', "not the prompts of geneval: no 'prompt'"),
+        ("geneval", "m.jsonl", '{"tag": "x"}', "geneval (no 'prompt'); give evaluation_metadata.jsonl"),
         ("geneval", "m.jsonl", "not json", "not the prompts of geneval"),
-        ("dpg", "m.csv", "id,words\n1,a", "not the prompts of dpg: no 'item_id'"),
+        ("dpg", "m.csv", "id,words\n1,a", "not the prompts of dpg (no 'item_id')"),
         ("hpsv2", "m.json", "{}", "holds no prompt"),
         ("imagereward", "m.json", '[{"id": "../../x", "prompt": "a"}]', "is no name of a file"),
         ("imagereward", "m.json", '[{"id": "a", "prompt": "a"}, {"id": "a", "prompt": "b"}]', "'a' is there twice"),

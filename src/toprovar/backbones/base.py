@@ -11,6 +11,7 @@ past, `V` logits per token. Tensors are sequence-first, so the keys of a scale a
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,6 +97,10 @@ class Sampling:
             raise InputError(f"sampling: top_k is {self.top_k}; give a count of logits to keep, or 0 for no filter")
         if not 0.0 <= self.top_p <= 1.0:
             raise InputError(f"sampling: top_p is {self.top_p}; give a probability in [0, 1], 0 for no filter")
+        for name in ("guidance", "temperature"):
+            given = getattr(self, name)
+            if not all(math.isfinite(value) for value in (given if isinstance(given, tuple) else (given,))):
+                raise InputError(f"sampling: {name} is {given}; give finite numbers")
         given = self.temperature if isinstance(self.temperature, tuple) else (self.temperature,)
         if not all(value > 0 for value in given):
             raise InputError(f"sampling: temperature is {self.temperature}; give numbers above 0; top_k 1 is greedy")

@@ -146,9 +146,13 @@ def _read_torch(path: Path, wrappers: Sequence[Sequence[str]]) -> State:
                 f"{path}: holds pickled code ({name}), which is never run: get the tensors alone, as safetensors"
             ) from error
         reason = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({reason})") from error
+        raise CheckpointError(
+            f"{path}: not a PyTorch checkpoint, or truncated ({reason}): download or save it again"
+        ) from error
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: not a PyTorch checkpoint, or truncated ({_one_line(error)})") from error
+        raise CheckpointError(
+            f"{path}: not a PyTorch checkpoint, or truncated ({_one_line(error)}): download or save it again"
+        ) from error
     return _unwrap(loaded, path, wrappers)
 
 

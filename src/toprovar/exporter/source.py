@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
+from toprovar.backbones import BACKBONES
 from toprovar.errors import FormatError, InputError
 from toprovar.profiles.manifest import Label
 from toprovar.profiles.profile import Profile, dense_profile, load_profile
@@ -115,6 +116,8 @@ def user_source(
         InputError: something is missing, or belongs to the other kind of model.
         FormatError: see `read_labels`.
     """
+    if backbone not in (*BACKBONES, *RELEASES):
+        raise InputError(f"backbone '{backbone}' is unknown: it is one of {', '.join((*BACKBONES, *RELEASES))}")
     release = RELEASES.get(backbone)
     family = "infinity" if release else backbone
     takes_text = family == "infinity"

@@ -272,6 +272,10 @@ def _validate(model: type[M], value: Any, source: str, kind: str) -> M:
     # model would undo that). NaN and Infinity pass through to pydantic, which names the key; a TOML date becomes text.
     if not isinstance(value, dict):
         raise FormatError(f"{source}: not a {kind}: found {_shown(value)}, expected an object with keys")
+    schema = model.model_fields.get("schema_version")  # first: of another kind of document every key is unknown
+    if schema is not None and value.get("schema", expected := get_args(schema.annotation)[0]) != expected:
+        found = _shown(value["schema"])
+        raise FormatError(f"{source}: not a {kind}: schema: found {found}, expected {expected!r}")
     try:
         return model.model_validate_json(json.dumps(value, default=str))
     except ValidationError as error:

@@ -38,6 +38,14 @@ BENCHMARKS: dict[Kind, int] = {"geneval": 4, "dpg": 4, "hpsv2": 1, "imagereward"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+_FILES: dict[Kind, str] = {
+    "geneval": "evaluation_metadata.jsonl",
+    "dpg": "the folder of prompts (ID.txt) or dpg_bench.csv",
+    "hpsv2": "a JSON object of styles and their prompts, or a JSON list named after its style",
+    "imagereward": "benchmark-prompts.json",
+}
+"""Benchmark -> where it keeps its prompts."""
+
 Generate = Callable[[str, Sequence[int]], Array]
 """A prompt and the seeds of its pictures -> `[n, 3, height, width]` in [0, 1]."""
 
@@ -55,8 +63,7 @@ def read_items(kind: Kind, path: Path) -> list[Item]:
     """The prompts of a benchmark.
 
     Args:
-        path: geneval: evaluation_metadata.jsonl; dpg: the folder of prompts (ID.txt) or dpg_bench.csv; hpsv2: a JSON object
-            of styles and their prompts, or a JSON list named after its style; imagereward: benchmark-prompts.json.
+        path: what `_FILES` says.
 
     Raises:
         FormatError: not readable, or not in that format; a name that is no file name.
@@ -68,9 +75,9 @@ def read_items(kind: Kind, path: Path) -> list[Item]:
         items = list(_READERS[kind](path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise FormatError(f"{path}: not the prompts of {kind}: {what}") from error
+        raise FormatError(f"{path}: not the prompts of {kind} ({what}); give {_FILES[kind]}") from error
     if not items:
-        raise FormatError(f"{path}: holds no prompt")
+        raise FormatError(f"{path}: holds no prompt of {kind}; give {_FILES[kind]}")
     for item in items:
         if not all(_NAME.fullmatch(part) for part in item.place.split("/")):
             raise FormatError(

@@ -65,8 +65,13 @@ def compare(
     Returns: the document that is written as JSON and shown by `markdown`.
 
     Raises:
-        InputError: the two make pictures of different sizes, or do not know a label.
+        InputError: the two take different prompts, make pictures of different sizes, or do not know a label.
     """
+    if reference.takes_text != other.takes_text:
+        text_bundle, label_bundle = (reference, other) if reference.takes_text else (other, reference)
+        raise InputError(
+            f"compare: {text_bundle.bundle.root} takes text, {label_bundle.bundle.root} labels; give two bundles of one model"
+        )
     first = reference.generate(labels, seeds, text=text, on_scale=on_scale)
     second = other.generate(labels, seeds, text=text, on_scale=on_scale)
     if captions is None:

@@ -55,11 +55,16 @@ def make(
 
     Raises:
         BundleError: a bundle fails its golden trace, or holds no plan.
-        InputError: pictures of different sizes, an unknown label, two bundles of one name.
+        InputError: bundles of two checkpoints or of one name, pictures of different sizes, an unknown label.
     """
     names = [session.bundle.manifest.name for session in sessions]
     if len(set(names)) < len(names):
         raise InputError(f"report: bundles named {', '.join(names)}; give each its own name when exporting")
+    if len({session.bundle.manifest.provenance.checkpoint_sha256 for session in sessions}) > 1:
+        raise InputError(
+            f"report: {', '.join(names)} are not of one checkpoint; measure those of each by themselves, and give the .json "
+            "files of both reports to a third"
+        )
     shape = _shape(sessions[0])
     measured = bench.bench(
         sessions, repeat=repeat, warmup=warmup, on_run=lambda done, of: on_progress("measuring", done, of)
