@@ -1,5 +1,8 @@
 """A profile says what it wishes, in one way only; what it says wrongly is named in one line."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.profiles.samples import a_profile
@@ -100,3 +103,14 @@ def test_another_schema_is_named(tmp_path):
     (tmp_path / "a.toml").write_text('name = "a"\n')
     with pytest.raises(FormatError, match=r"schema: found nothing, expected this key"):
         load_profile(tmp_path / "a.toml")
+
+
+def test_the_method_page_names_every_option_and_no_other():
+    text = (Path(__file__).parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.partition("## 8.")[2].splitlines() if line.startswith("| ")]
+    named = {name for row in rows for name in re.findall(r"`([a-z_.]+)`", row[-2])}
+    profile = dense_profile()
+    sections = {name: getattr(profile, name).model_dump() for name in ("depth", "roles", "tokens")}
+    assert named == {"restore", "drop_scales", "drop_rho"} | {
+        f"{section}.{name}" for section, options in sections.items() for name in options
+    }
