@@ -78,7 +78,7 @@ for one in "${infinity[@]}"; do
     {
         bundle=$work/infinity_$one.bundle
         [ -d "$bundle" ] || LIMIT=400 step "make_infinity_$one" $torch benchmarks/tensorrt_bundle.py infinity "$bundle" --plan "${one%_*}" --depth "${one#*_}"
-        engines "infinity_$one" --stages "${STAGES:-8}" --jobs "${STAGES:-8}"
+        engines "infinity_$one" --stages "${STAGES:-8}" --jobs $((${STAGES:-8} + 3))
     } &
 done
 wait

@@ -145,7 +145,6 @@ class TensorRtBuilder:
                 pass
             if self._builder is None:
                 raise TargetError(f"target tensorrt: the builder does not start: {_first(self._messages.errors)}")
-            self._builder.max_threads = len(os.sched_getaffinity(0))
         self._messages.errors.clear()
         self._messages.warnings.clear()
         return self._builder, self._messages

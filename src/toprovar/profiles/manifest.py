@@ -139,7 +139,8 @@ class GraphInfo(_Model):
 class TargetInfo(_Model):
     """What a target runs. `onnxruntime` runs the graphs themselves and lists no engines."""
 
-    engines: dict[str, BundlePath] = Field(default_factory=dict)  # graph name -> engine file
+    # A graph's name -> its engine; of a graph that was cut, step, step.1, ... run one behind the other.
+    engines: dict[str, BundlePath] = Field(default_factory=dict)
     version: str | None = None  # of the builder
     gpu: str | None = None
     driver: str | None = None
