@@ -8,9 +8,7 @@ is already trained on. One process; the shipped file leaves the encoder out.
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ import numpy as np
 import torch
 import training
 from picture_bits import BitScales, PictureBsq
+from tokenizer_training import ReconstructionLoss, Stages, options
 from torch import Tensor
-from train_vqvae import ReconstructionLoss
 
 from toprovar.demo.embedded_text import BITS, new_infinity, original_state
 from toprovar.demo.pictures import HELD_OUT
@@ -30,17 +28,8 @@ FLIP = 0.08
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3.5)
-    parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--plain-share", type=float, default=0.06, help="of the time, before there are bits")
+    parser = options(str(__doc__), minutes=3.5, lr=1e-3, plain_share=0.06)
     parser.add_argument("--decoder-only", action="store_true", help="leave a resumed run's encoder as it is")
-    parser.add_argument("--size", type=int, default=256, help="edge of the pictures")
-    parser.add_argument("--lot", type=int, default=768, help="pictures drawn at a time")
-    parser.add_argument("--judged", type=int, default=480)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
     team = training.Team()
@@ -93,49 +82,27 @@ def main() -> None:
         (loss + gap).backward()
         return loss.detach(), gap.detach()
 
-    def drawn(count: int) -> tuple[Tensor]:
+    def draw(count: int) -> Tensor:
         own = seeds.take(count)
-        return (render_scenes(random_scenes(own), own, size=args.size, device=device) * 2 - 1,)
+        return render_scenes(random_scenes(own), own, size=args.size, device=device) * 2 - 1
 
-    pool = training.Pool(drawn, args.lot, args.lot, 1.0, 50 + clock.step)
-
-    def take() -> Tensor:
-        return pool.take(args.batch)[0].contiguous(memory_format=torch.channels_last)
-
-    def stage(step: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """The step of a stage, captured on a GPU; setting up is not training time."""
-        before = time.perf_counter()
-        optimiser.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            step = training.captured(step, take())
-            torch.cuda.synchronize()
-        team.say(f"bsq: stage ready in {time.perf_counter() - before:.1f} s")
-        clock.spent = clock.share * 60 * args.minutes
-        clock.restart()
-        return step
-
+    stages = Stages("bsq", args, clock, optimiser, trained, draw)
     began, history = time.perf_counter(), []
     has_bits = clock.share >= args.plain_share
-    run = stage(coded if has_bits else plain)
-    restarted, marked, going = time.perf_counter(), clock.step, True
+    stages.begin(coded if has_bits else plain)
+    going = True
     while going:
         if not has_bits and clock.share >= args.plain_share:
-            has_bits, run = True, stage(coded)
-            restarted, marked = time.perf_counter(), clock.step
-        for group in optimiser.param_groups:
-            group["lr"] = training.cosine(clock.share, args.lr, warmup=0.02)
-        optimiser.zero_grad(set_to_none=device.type != "cuda")  # a captured graph adds to the gradients it knows
-        loss, gap = run(take())
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+            has_bits = True
+            stages.begin(coded)
+        loss, gap = stages.run()
         average.update()
         going = clock.tick()
         if clock.step % 100 == 0 or not going:
-            rate = (clock.step - marked) * args.batch / max(1e-9, time.perf_counter() - restarted)
             history.append((clock.step, round(float(loss), 4)))
             team.say(
                 f"bsq step {clock.step} share {clock.share:.3f} loss {float(loss):.4f} gap {float(gap):.4f} "
-                f"pictures/s {rate:.0f}"
+                f"pictures/s {stages.pictures_per_second():.0f}"
             )
     state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state()}
     state |= {"average_count": average.count, "clock": clock.state(), "seeds": seeds.next}

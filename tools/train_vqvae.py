@@ -7,16 +7,13 @@ small kernels took three times as long as running them. One process; the shipped
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import training
 from picture_vq import (
     PATCHES,
@@ -30,55 +27,16 @@ from picture_vq import (
     quicken,
     residual_vectors,
 )
+from tokenizer_training import ReconstructionLoss, Stages, options
 from torch import Tensor
 
 from toprovar.demo.pictures import CLASSES, HELD_OUT, render
 
-_OPPONENT = ((1 / 3, 1 / 3, 1 / 3), (1.2, -1.2, 0.0), (0.6, 0.6, -1.2))
-"""Lightness, red against green, yellow against blue: without this weight, colours were the last thing learned."""
-
-
-def slopes(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical differences of neighbouring pixels."""
-    return maps[..., :, 1:] - maps[..., :, :-1], maps[..., 1:, :] - maps[..., :-1, :]
-
-
-class ReconstructionLoss:
-    """L1 at full, half, quarter and eighth size, and twice the L1 of gradients at the first two, in opponent colours.
-
-    Pictures `[B, 3, h, w]` in [-1, 1]. Gradients keep edges sharp, small sizes keep areas right.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.mix = torch.tensor(_OPPONENT, device=device).view(3, 3, 1, 1)
-
-    def __call__(self, made: Tensor, goal: Tensor) -> Tensor:
-        """Return a scalar."""
-        made, goal = F.conv2d(made, self.mix), F.conv2d(goal, self.mix)
-        loss = F.l1_loss(made, goal)
-        for size in range(4):
-            if size:
-                made, goal = F.avg_pool2d(made, 2), F.avg_pool2d(goal, 2)
-                loss = loss + F.l1_loss(made, goal)
-            if size < 2:
-                pairs = zip(slopes(made), slopes(goal), strict=True)
-                loss = loss + 2.0 * torch.stack([F.l1_loss(a, b) for a, b in pairs]).sum()
-        return loss
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3.4)
-    parser.add_argument("--steps", type=int, default=0, help="fixed number of steps instead of minutes")
-    parser.add_argument("--batch", type=int, default=48)
+    parser = options(str(__doc__), minutes=3.4, lr=8e-4, plain_share=0.08)
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--patches", type=int, nargs="+", default=list(PATCHES))
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--plain-share", type=float, default=0.08, help="of the time, before there is a codebook")
-    parser.add_argument("--size", type=int, default=256, help="edge of the pictures")
-    parser.add_argument("--lot", type=int, default=768, help="pictures drawn at a time")
-    parser.add_argument("--judged", type=int, default=480)
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
     team = training.Team()
@@ -130,58 +88,35 @@ def main() -> None:
         codebook.count.copy_(saved["count"])
         codebook.total.copy_(saved["total"])
 
-    def drawn(count: int) -> tuple[Tensor]:
+    def draw(count: int) -> Tensor:
         names = np.arange(count) % len(CLASSES)
-        return (render(names, seeds.take(count), size=args.size, device=device) * 2 - 1,)
+        return render(names, seeds.take(count), size=args.size, device=device) * 2 - 1
 
-    pool = training.Pool(drawn, args.lot, args.lot, 1.0, 50 + clock.step)
-
-    def take() -> Tensor:
-        return pool.take(args.batch)[0].contiguous(memory_format=torch.channels_last)
-
-    def stage(step: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """The step of a stage, captured on a GPU; setting up is not training time."""
-        before = time.perf_counter()
-        optimiser.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            step = training.captured(step, take())
-            torch.cuda.synchronize()
-        team.say(f"vqvae: stage ready in {time.perf_counter() - before:.1f} s")
-        clock.spent = clock.share * 60 * args.minutes
-        clock.restart()
-        return step
-
+    stages = Stages("vqvae", args, clock, optimiser, parameters, draw)
     began, revived, history = time.perf_counter(), 0, []
-    run = stage(coded if has_codebook else plain)
-    restarted, marked, going = time.perf_counter(), clock.step, True
+    stages.begin(coded if has_codebook else plain)
+    going = True
     while going:
         if not has_codebook and clock.share >= args.plain_share:
             with torch.no_grad():
-                features = torch.cat([encode(take()) for _ in range(8)])
+                features = torch.cat([encode(stages.take()) for _ in range(8)])
                 found = residual_vectors(quantizer, scales, features)
                 # Every scale has a say: the large ones would otherwise outvote those that lay out the picture.
                 some = [v[torch.randperm(len(v), device=device)[: 24 * args.vocab]] for v in found]
                 codebook.set(k_means(torch.cat(some), args.vocab))
             has_codebook = True
-            run = stage(coded)
-            restarted, marked = time.perf_counter(), clock.step
-        for group in optimiser.param_groups:
-            group["lr"] = training.cosine(clock.share, args.lr, warmup=0.02)
-        optimiser.zero_grad(set_to_none=device.type != "cuda")  # a captured graph adds to the gradients it knows
-        loss, coding = run(take())
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+            stages.begin(coded)
+        loss, coding = stages.run()
         going = clock.tick()
         if coding is not None and clock.step % 40 == 0 and clock.share < 0.7:
             with torch.no_grad():
                 revived += codebook.revive(coding.wanted)
         if clock.step % 100 == 0 or not going:
-            rate = (clock.step - marked) * args.batch / max(1e-9, time.perf_counter() - restarted)
             history.append((clock.step, round(float(loss), 4)))
             team.say(
                 f"vqvae step {clock.step} share {clock.share:.3f} loss {float(loss):.4f} "
                 f"codebook {float(coding.loss) if coding is not None else 0.0:.4f} "
-                f"perplexity {codebook.perplexity():.0f} revived {revived} pictures/s {rate:.0f}"
+                f"perplexity {codebook.perplexity():.0f} revived {revived} pictures/s {stages.pictures_per_second():.0f}"
             )
         if clock.step % 1000 == 0 or not going:
             sizes = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(spec).items()}
