@@ -109,7 +109,7 @@ def test_an_unknown_option_exits_with_2(invoke: Invoke) -> None:
 
 def test_run_writes_a_picture(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
     result = invoke("run", bundle, "--label", "disc", "--seed", 1)
-    assert result.exit_code == 0 and result.output.startswith("out.png: 1 pictures, ")
+    assert result.exit_code == 0 and result.output.startswith("out.png: 1 picture, ")
     with Image.open(tmp_path / "out.png") as image:
         assert image.size == (12, 12)
         expected = tiny.reference(tiny.SCHEDULES["object"], 0, 1).image
@@ -169,7 +169,11 @@ def test_bench_and_compare_write_json_and_markdown(invoke: Invoke, bundle: Path,
 def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
     result = invoke("report", bundle, "-l", "disc", "--repeat", 1, "-o", "r.html")
     assert result.exit_code == 0
-    assert result.stdout.split() == ["r.html", "r.md", "r-var-bundles.json", "r-var-bundles.png"]
+    assert result.stdout.split() == [
+        "r.html",
+        "r.md",
+        *(f"r-var-bundles.{kind}" for kind in ("json", "safetensors", "png")),
+    ]
     again = invoke("report", "r-var-bundles.json", "-o", "again.html")
     assert again.exit_code == 0 and again.stdout.split() == ["again.html", "again.md", "again-var-bundles.png"]
     assert (tmp_path / "again.html").read_text() == (tmp_path / "r.html").read_text()
@@ -207,6 +211,7 @@ def test_report(invoke: Invoke, bundle: Path, tmp_path: Path) -> None:
         (("export", "--seed", "-1"), "seed is -1"),
         (("export", "--backbone", "cat"), "backbone 'cat' is unknown: it is one of var, infinity, infinity-125m"),
         (("demo", "--threads", "0"), "threads is 0"),
+        (("demo", "-o", "{bundle}/manifest.json"), "is a file; name a folder"),
         (("compare", "{bundle}", "{text}"), "labels; give two bundles of one model"),
         (("compare", "{bundle}"), "give another bundle or --other-target"),
         (("bench", "{bundle}", "--class", "cats"), "no prompt class 'cats'"),

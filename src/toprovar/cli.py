@@ -374,7 +374,7 @@ def run(
         for path, image in zip(written, result.images, strict=True):
             pictures.save(path, pictures.to_bytes(image))
     total_ms = sum(timing.total_ms for timing in result.timings)
-    typer.echo(f"{', '.join(map(str, written))}: {made} pictures, {total_ms / made:.0f} ms each")
+    typer.echo(f"{', '.join(map(str, written))}: {made} picture{'s' * (made > 1)}, {total_ms / made:.0f} ms each")
 
 
 @app.command()
@@ -393,11 +393,16 @@ def sample(
     vae: TorchVaeOption = None,
 ) -> None:
     """Make the pictures that a public benchmark scores. They are in the folders that it reads; goes on where it stopped."""
+    _is_folder(output)
     from toprovar.runtime import benchmarks
 
     kind = cast("benchmarks.Kind", benchmark)
     items = benchmarks.read_items(kind, prompts)
     session = _session(bundle, target, provider, threads, batch_size, checkpoint, vae)
+    if not session.takes_text:
+        raise InputError(
+            f"{bundle}: takes labels; what {benchmark} scores is made from prompts, give a bundle of a text model"
+        )
 
     def generate(prompt: str, seeds: Sequence[int]) -> Any:
         return session.generate(seeds=seeds, text=session.encode([prompt]).repeated(len(seeds))).images
@@ -592,6 +597,7 @@ def demo(
 ) -> None:
     """Take both embedded checkpoints through all of it. Dense, dropped scales, every profile, and a report of them."""
     _check(seed=seed, threads=threads)
+    _is_folder(output)
     from toprovar.demo import tour
 
     with _stages() as stage:
@@ -780,6 +786,11 @@ def _free(path: Path, force: bool) -> None:
 def _has_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: cannot be written: its folder {path.parent} does not exist; make it first")
+
+
+def _is_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; name a folder, it may be new")
 
 
 def _check(seed: int = 0, threads: int | None = None) -> None:

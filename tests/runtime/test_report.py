@@ -60,7 +60,8 @@ def test_bundles_become_evidence(session: Session, dense_bundle: Path, tmp_path:
         assert part[ALL].flops == pytest.approx(np.mean([part[name].flops for name in ("object", "plain")]))
 
     files = report.write(made, tmp_path / "out.html")
-    assert [file.name for file in files] == ["out.html", "out.md", "out-var-bundles.json", "out-var-bundles.png"]
+    beside = [f"out-var-bundles.{kind}" for kind in ("json", "safetensors", "png")]
+    assert [file.name for file in files] == ["out.html", "out.md", *beside]
     assert load_evidence(files[2]).policies == evidence.policies
     text = files[1].read_text()
     assert "| tiny |" in text and "](out-var-bundles.png)" in text

@@ -387,7 +387,9 @@ def load_evidence(path: str | os.PathLike[str]) -> Evidence:
     Raises:
         FormatError: missing, or it does not follow the format; one line.
     """
-    return model_from_json(Evidence, read_document(path, "file of measurements"), os.fspath(path), "evidence")
+    return model_from_json(
+        Evidence, read_document(path, "file of measurements"), os.fspath(path), "file of measurements"
+    )
 
 
 def load_arrays(path: str | os.PathLike[str], evidence: Evidence) -> Arrays:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from toprovar.errors import InputError
-from toprovar.profiles.evidence import load_arrays, load_evidence, save_evidence
+from toprovar.profiles.evidence import arrays_path, load_arrays, load_evidence, save_evidence
 from toprovar.profiles.files import write_bytes, write_text
 from toprovar.runtime import pictures
 from toprovar.runtime.report import images
@@ -60,8 +60,9 @@ def write(parts: Part | Sequence[Part], path: Path | str) -> tuple[Path, ...]:
     for part, view in zip(parts, views, strict=True):
         stem = place.with_name(f"{place.stem}-{part.evidence.name}")
         if not part.stored:
-            save_evidence(stem.with_suffix(".json"), part.evidence, part.arrays)
-            files.append(stem.with_suffix(".json"))
+            document = stem.with_suffix(".json")
+            save_evidence(document, part.evidence, part.arrays)
+            files += [document, arrays_path(document)] if part.arrays else [document]
         if (sheet := _sheet(view)) is not None:
             write_bytes(stem.with_suffix(".png"), pictures.png(sheet))
             beside[part.evidence.name] = stem.with_suffix(".png").name
