@@ -115,6 +115,7 @@ def test_noise_is_drawn_ahead_and_not_for_a_picture_that_was_interrupted(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("toprovar.runtime.loop.scale_noise", draw)
+    monkeypatch.setattr("toprovar.runtime.loop.usable_cores", lambda: 1)  # one thread: in order
     session = Session(shared_bundle, threads=1)
     with pytest.raises(KeyboardInterrupt):
         session.generate(["disc"], [1], on_scale=interrupt)

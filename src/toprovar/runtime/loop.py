@@ -15,6 +15,7 @@ from toprovar.profiles.manifest import LoopNames as Names
 from toprovar.profiles.noise import scale_noise
 from toprovar.runtime.binding import Binding, Turn
 from toprovar.runtime.bundle import Bundle
+from toprovar.runtime.machine import usable_cores
 from toprovar.runtime.target import Array, Buffer, Run, Target
 
 __all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
@@ -24,8 +25,8 @@ __all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
 class ScaleTiming:
     """Milliseconds of one scale.
 
-    How long its noise held it up (a thread draws it ahead, on a core that a CPU target could use), the transformer,
-    and what leads to the next scale.
+    How long its noise held it up (threads draw it ahead, on cores that a CPU target could use), the transformer, and
+    what leads to the next scale.
     """
 
     scale: int
@@ -65,6 +66,10 @@ class Trace:
     timing: Timing
 
 
+_NOISE_THREADS = 4
+"""Most threads that draw: one is busy with the last scale, about half of a picture's noise, while others do the rest."""
+
+
 class Loop:
     """A bundle on a target at one batch size, B images; runs each of the bundle's prompt classes.
 
@@ -76,7 +81,7 @@ class Loop:
         self._bundle = bundle
         self._target = target
         self._bound = Binding(bundle, target, batch)
-        self._pool = ThreadPoolExecutor(1, "toprovar-noise")
+        self._pool = ThreadPoolExecutor(min(_NOISE_THREADS, usable_cores()), "toprovar-noise")
 
     def run(
         self,
@@ -151,7 +156,7 @@ class Loop:
 
     @contextmanager
     def _noise_ahead(self, turns: Sequence[Turn], seeds: Sequence[int]) -> Iterator[list[Future[Array] | None]]:
-        """The noise of each turn that takes some, drawn in order by a thread while the target runs those before."""
+        """The noise of each turn that takes some, drawn in order by threads while the target runs those before."""
         futures = [self._draw(turn, seeds) for turn in turns]
         try:
             yield futures
