@@ -318,7 +318,10 @@ def plan(
         source = _source(backbone, checkpoint, vae, labels, text_encoder, features, None, None, None)
         decided = _search(measured, floor, source, None if checkpoint else backbone, prompts, device)
     else:
-        decided = make_plan(named_profile(profile, drop_scales), measured)
+        from toprovar.demo.embedded import found_profiles
+
+        own = found_profiles(measured.checkpoint_sha256, measured.classes)  # as export takes them
+        decided = make_plan(named_profile(profile, drop_scales, own=own), measured)
     if explain:
         _console().print(explained(decided, measured))
     if output is not None:

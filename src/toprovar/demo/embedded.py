@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,16 +12,16 @@ import numpy as np
 from toprovar.demo import embedded_text
 from toprovar.demo.captions import COLOURS, COUNTS, SHAPES, TEXTURES, Scene, caption, prompt_class
 from toprovar.demo.embedded_text import TextDemo, embedded_text_demo
-from toprovar.demo.labels import CLASSES, PROMPT_CLASS
+from toprovar.demo.labels import CLASSES, PROMPT_CLASS, PROMPT_CLASSES
 from toprovar.errors import CheckpointError
 from toprovar.exporter.source import SamplingWish, Source, TextSource
-from toprovar.profiles.manifest import Label
+from toprovar.profiles.manifest import Label, sha256_checkpoint
 from toprovar.profiles.prompts import Prompt
 
 if TYPE_CHECKING:
     from toprovar.backbones.text import TextEncoder
 
-__all__ = ["calibration_prompts", "embedded_source", "embedded_text_source"]
+__all__ = ["calibration_prompts", "embedded_source", "embedded_text_source", "found_profiles"]
 
 SAMPLING = SamplingWish(guidance=1.5, top_k=600, top_p=0.95)
 """What evaluation of the checkpoint found best; see its model card."""
@@ -74,6 +76,18 @@ def embedded_text_source(demo: TextDemo | None = None) -> Source:
         load_options={"resolution": embedded_text.RESOLUTION},
         profiles=_found_profiles("text"),
     )
+
+
+def found_profiles(checkpoint_sha256: str, prompt_classes: Collection[str]) -> Mapping[str, Path]:
+    """`Source.profiles` of the embedded checkpoint with this hash; of another one, or with other prompt classes, none."""
+    if set(prompt_classes) != set(PROMPT_CLASSES):
+        return {}
+    for make in (embedded_source, embedded_text_source):
+        with suppress(CheckpointError):  # not installed
+            source = make()
+            if sha256_checkpoint([source.checkpoint], [source.vae]) == checkpoint_sha256:
+                return source.profiles
+    return {}
 
 
 def _found_profiles(demo: str) -> dict[str, Path]:
