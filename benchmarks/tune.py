@@ -1,22 +1,24 @@
-"""Times candidate launch configurations of the Triton kernels on this GPU: the source of kernels/tuning.py's rows.
+"""Times candidate launch configurations on this GPU: the source of the rows of kernels/tuning.py and kernels/hopper.py.
 
-    python benchmarks/tune.py [--head-dims 64,128]
+    python benchmarks/tune.py [--head-dims 64,128] [--hopper]
 
-For each shape, every candidate tile with and without split keys, then the blocks of restore and gather; medians of
-CUDA-graph replays over rotating inputs. A candidate whose output differs from PyTorch's by more than bf16 allows is
-listed as wrong, without a time.
+For each shape, every candidate tile of Triton's with and without split keys, then the blocks of restore and gather;
+medians of CUDA-graph replays over rotating inputs. A candidate whose output differs from PyTorch's by more than bf16
+allows is listed as wrong, without a time. With --hopper instead every build of `hopper.VARIANTS` on every shape of
+attention.py, and the times `tile_ns`, `block_ns` and `_MERGE_NS` that fit best.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from attention import L2_BYTES_TO_EXCEED, Inputs, Problem, capture, make_inputs, time_graphs
+from attention import L2_BYTES_TO_EXCEED, MAX_SETS, MODELS, Inputs, Problem, capture, make_inputs, problems, time_graphs
 from torch import Tensor
 
-from toprovar.kernels import area_matrix, gather_tokens, launch, restore_tokens, tuning
+from toprovar.kernels import area_matrix, gather_tokens, hopper, launch, restore_tokens, tuning
 from toprovar.kernels.oracle import select_oracle
 
 SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
@@ -99,13 +101,60 @@ def tune_tokens() -> None:
             print(f"    {name:26} {1e3 * t['median_ms']:7.1f} us {rate:6.0f} GB/s")
 
 
+def tune_hopper(head_dim: int) -> None:
+    """Least squares of the relative error of t = start + rounds of tiles and blocks, as `hopper.plan` counts them."""
+    builds = hopper.VARIANTS["bfloat16", head_dim, True]
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    scale = head_dim**-0.5
+    rows: list[list[float]] = []
+    for p in problems([name for name, (_, size, _) in MODELS.items() if size == head_dim], quick=False):
+        if p.queries <= hopper.SMALL_QUERIES and p.keys <= hopper.SMALL_KEYS:
+            continue
+        sets = [make_inputs(p) for _ in range(max(1, min(MAX_SETS, -(-L2_BYTES_TO_EXCEED // p.bytes))))]
+        graphs: Graphs = {}
+        for build in builds:
+
+            def run(build: hopper.Variant = build, sets: list[Inputs] = sets) -> object:
+                return [hopper.forward(*x.pieces, scale, variant=build) for x in sets]
+
+            graphs[build.name] = capture(run), len(sets)
+        times = {name: 1e6 * t["median_ms"] for name, t in time_graphs(graphs, 6.0).items()}
+        chosen = hopper.choose("bfloat16", head_dim, p.queries, p.past, p.queries, p.rows, p.heads, sms, entropy="mean")
+        print(
+            f"{p.model} {p.rows} rows {p.queries} x {p.keys}: "
+            + ", ".join(f"{name} {ns / 1e3:.1f}" for name, ns in times.items())
+            + f" us; chosen {chosen[0].name}, {times[chosen[0].name] / min(times.values()):.2f} of the best"
+        )
+        for i, build in enumerate(builds):
+            # How often a tile and a block count is read off plans in which they, and nothing else, take time.
+            counts = [
+                hopper.plan(one, p.queries, p.past, p.queries, p.rows, p.heads, sms, mean=True)
+                for one in (replace(build, tile_ns=1, block_ns=0), replace(build, tile_ns=0, block_ns=1))
+            ]
+            merged = int(counts[0].run > 0)
+            row = [0.0] * (2 * len(builds)) + [float(merged), 1.0]
+            row[2 * i], row[2 * i + 1] = (float(one.ns - merged * hopper._MERGE_NS) for one in counts)
+            rows.append([value / times[build.name] for value in row])
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    fit = torch.linalg.lstsq(matrix, torch.ones(len(rows), 1, dtype=torch.float64)).solution[:, 0].tolist()
+    for i, build in enumerate(builds):
+        print(f"    {build.name}: tile_ns {fit[2 * i]:.0f}, block_ns {fit[2 * i + 1]:.0f}")
+    print(f"    _MERGE_NS {fit[-2]:.0f}, start {fit[-1]:.0f} ns")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--head-dims", default="128,64", help="of 64, 128")
-    for head_dim in map(int, parser.parse_args().head_dims.split(",")):
+    parser.add_argument("--hopper", action="store_true", help="the builds of hopper.cu")
+    given = parser.parse_args()
+    for head_dim in map(int, given.head_dims.split(",")):
+        if given.hopper:
+            tune_hopper(head_dim)
+            continue
         for shape in SHAPES[head_dim]:
             tune_attention(*shape, head_dim)
-    tune_tokens()
+    if not given.hopper:
+        tune_tokens()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -46,10 +47,10 @@ def cubins(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "grid": [{"size": size, "per_program": amount} for size, amount in variant.grid],
             }
         )
-    for (dtype, head_dim, entropy), build in hopper.VARIANTS.items():
-        given = "mean" if entropy else "none"
+    for build in itertools.chain.from_iterable(hopper.VARIANTS.values()):
+        given = "mean" if build.entropy else "none"
         described = {
-            "name": f"hopper_attention_sm90_{dtype}_d{head_dim}_{given}",
+            "name": f"hopper_attention_sm90_{build.dtype}_d{build.head_dim}_{build.name}_{given}",
             "op": "entropy_attention",
             "kernel": "hopper_attention",
             "arch": 90,

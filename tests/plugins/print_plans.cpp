@@ -1,10 +1,11 @@
 // Reads problems from stdin, one a line, and prints how the C++ core deals them to a GPU; test_plans.py compares.
 //   triton ARCH TYPE SM_COUNT QUERIES PAST FRESH ROWS HEADS HEAD_DIM   -> tile blockM splits keysPerSplit
 //   hopper ENTROPY TYPE SM_COUNT QUERIES PAST FRESH ROWS HEADS HEAD_DIM
-//     -> ctas fullTiles splitTiles run finishBlocks partOutFloats partStatsFloats
+//     -> build ctas fullTiles splitTiles run finishBlocks partOutFloats partStatsFloats ns
 
 #include <iostream>
 #include <string>
+#include <vector>
 
 #include "core/attention_plan.hpp"
 
@@ -24,14 +25,19 @@ int main() {
             std::cout << plan.tile << ' ' << plan.blockM << ' ' << plan.splits << ' ' << plan.keysPerSplit << '\n';
             continue;
         }
+        std::vector<HopperBuild const*> builds;
         for (int i = 0; i < table.nbEntries; ++i) {
             KernelEntry const& entry = table.entries[i];
             if (entry.kind == KernelKind::kHOPPER_ATTENTION && entry.type == dataType &&
                 entry.headDim == sizes.headDim && entry.entropy == arch) {
-                HopperPlan const plan = planHopper(entry.hopper, sizes, smCount, arch == kENTROPY_MEAN);
-                std::cout << plan.ctas << ' ' << plan.fullTiles << ' ' << plan.splitTiles << ' ' << plan.run << ' '
-                          << plan.finishBlocks << ' ' << plan.partOutFloats << ' ' << plan.partStatsFloats << '\n';
+                builds.push_back(&entry.hopper);
             }
         }
+        HopperPlan plan;
+        std::cout << chooseHopper(builds.data(), static_cast<int>(builds.size()), sizes, smCount, arch == kENTROPY_MEAN,
+                                  plan);
+        std::cout << ' ' << plan.ctas << ' ' << plan.fullTiles << ' ' << plan.splitTiles << ' ' << plan.run << ' '
+                  << plan.finishBlocks << ' ' << plan.partOutFloats << ' ' << plan.partStatsFloats << ' ' << plan.ns
+                  << '\n';
     }
 }

@@ -132,10 +132,10 @@ def test_hopper_attention_is_launched_as_hopper_py_launches_it(fake, plugin, pro
     n, past, fresh, rows, heads, head_dim = problem
     mean = plugin == "EntropyAttention"
     workspace, found = fake.core(90, plugin, 0.125, int(mean), *_attention_inputs("bfloat16", *problem))
-    plan = hopper.plan(hopper.VARIANTS["bfloat16", head_dim, mean], n, past, fresh, rows, heads, 132, mean=mean)
+    entropy = "mean" if mean else "none"
+    variant, plan = hopper.choose("bfloat16", head_dim, n, past, fresh, rows, heads, 132, entropy=entropy)
     parts = 4 * (plan.part_out_floats + plan.part_stats_floats)
     assert parts + (4 * n * rows * heads if mean else 0) <= workspace
-    variant = hopper.VARIANTS["bfloat16", head_dim, mean]
     scale = 0.125 * math.log2(math.e)
     sizes = {"queries": n, "past": past, "fresh": fresh, "row_heads": rows * heads, "heads": heads, "scale_log2": scale}
     tensors = dict(zip(("q", "past_k", "past_v", "new_k", "new_v"), ADDRESSES, strict=False))

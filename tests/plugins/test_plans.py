@@ -55,7 +55,7 @@ def test_triton_plans_are_those_of_tuning_choose(program):
         assert found == [tile, config.tile.block_m, config.splits, config.keys_per_split]
 
 
-def test_hopper_plans_are_those_of_hopper_plan(program):
+def test_hopper_builds_and_plans_are_those_of_hopper_choose(program):
     cases = [(mean, dtype, *p) for p in _problems(300) for mean in (False, True) for dtype in ("float16", "bfloat16")]
     lines = [
         f"hopper {int(mean)} {contract.ONNX_DTYPES[dtype]} {' '.join(map(str, rest))}" for mean, dtype, *rest in cases
@@ -63,8 +63,10 @@ def test_hopper_plans_are_those_of_hopper_plan(program):
     for (mean, dtype, sms, queries, past, fresh, rows, heads, head_dim), found in zip(
         cases, _ask(program, lines), strict=True
     ):
-        plan = hopper.plan(hopper.VARIANTS[dtype, head_dim, mean], queries, past, fresh, rows, heads, sms, mean=mean)
+        entropy = "mean" if mean else "none"
+        build, plan = hopper.choose(dtype, head_dim, queries, past, fresh, rows, heads, sms, entropy=entropy)
         assert found == [
+            hopper.VARIANTS[dtype, head_dim, mean].index(build),
             plan.ctas,
             plan.full_tiles,
             plan.split_tiles,
@@ -72,4 +74,5 @@ def test_hopper_plans_are_those_of_hopper_plan(program):
             plan.finish_blocks,
             plan.part_out_floats,
             plan.part_stats_floats,
+            plan.ns,
         ]

@@ -255,10 +255,10 @@ def _hopper_entries() -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Hopper's CUDA C++ kernel. Both kernels of a launch are in one cubin; `hopper.py` documents the fields."""
     from . import hopper
 
-    for (dtype, head_dim, entropy), variant in hopper.VARIANTS.items():
-        given = "mean" if entropy else "none"
+    for variant in itertools.chain.from_iterable(hopper.VARIANTS.values()):
+        given = "mean" if variant.entropy else "none"
         described = {
-            "name": f"hopper_attention_sm90_{dtype}_d{head_dim}_{given}",
+            "name": f"hopper_attention_sm90_{variant.dtype}_d{variant.head_dim}_{variant.name}_{given}",
             "op": "entropy_attention",
             "kernel": "hopper_attention",
             "tensor_maps": True,

@@ -42,7 +42,7 @@ PLUGIN_VERSION = "1"
 """TensorRT plugin version: raised for an incompatible change, the old creator stays registered."""
 CONTRACT_VERSION = 1
 """Raised when tensors, attributes or meaning change: a cubin library or bundle of another version is refused."""
-KERNEL_REVISION = 2
+KERNEL_REVISION = 3
 """Raised when a kernel's speed or rounding changes: part of a plugin's timing-cache key and of every cubin library."""
 
 DTYPES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}

@@ -1,9 +1,9 @@
 """The Hopper kernel of `toprovar::EntropyAttention`: what is launched, how it is built, and the call from torch.
 
 `cuda/hopper.cu` holds the kernel and says how it works. This module holds its tile sizes (`VARIANTS`), writes the
-wrappers of the matrix instructions it includes, compiles it to a cubin (NVRTC, or nvcc where that is missing), plans
-the split of a problem over the GPU, and launches it through the CUDA driver on torch's current stream. Nothing is tuned
-or measured at run time. Importing this module needs no torch and no GPU; `forward` needs both.
+wrappers of the matrix instructions it includes, compiles it to a cubin (NVRTC, or nvcc where that is missing), chooses
+the build for a problem and its split over the GPU, and launches it through the CUDA driver on torch's current stream.
+Nothing is tuned or measured at run time. Importing this module needs no torch and no GPU; `forward` needs both.
 
 A call can be captured in a CUDA graph once the same variant has been called before (building and loading cannot).
 """
@@ -29,7 +29,7 @@ from ..errors import TargetError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["VARIANTS", "Plan", "Variant", "available", "build_cubin", "forward", "plan", "source", "supports"]
+__all__ = ["VARIANTS", "Plan", "Variant", "available", "build_cubin", "choose", "forward", "plan", "source", "supports"]
 
 SOURCE = Path(__file__).parent / "cuda" / "hopper.cu"
 FORWARD_SYMBOL = "toprovar_attention_forward"
@@ -46,19 +46,27 @@ _TENSOR_MAP_DTYPE = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_*
 
 @dataclass(frozen=True)
 class Variant:
-    """One build of hopper.cu: the macros, and what a launch needs to know."""
+    """One build of hopper.cu: the macros, what a launch needs to know, and about how long a tile takes without its
+    blocks of keys (`tile_ns`) and each of those (`block_ns`) while all CTAs of an SM are busy."""
 
     dtype: str
     head_dim: int
     entropy: bool
     tile_n: int
-    consumers: int = 2
-    stages: int = 2
+    consumers: int
+    stages: int
+    ctas_per_sm: int
+    tile_ns: int
+    block_ns: int
 
     @property
     def tile_m(self) -> int:
         """Queries of a CTA."""
         return 64 * self.consumers
+
+    @property
+    def name(self) -> str:
+        return f"{self.tile_m}x{self.tile_n}"
 
     @property
     def threads(self) -> int:
@@ -77,6 +85,7 @@ class Variant:
             "TILE_N": self.tile_n,
             "CONSUMERS": self.consumers,
             "STAGES": self.stages,
+            "CTAS_PER_SM": self.ctas_per_sm,
             "ENTROPY": int(self.entropy),
         }
 
@@ -108,19 +117,27 @@ class Variant:
         }
 
 
-_TILES: dict[int, dict[str, int]] = {
-    64: {"tile_n": 128, "consumers": 3, "stages": 3},
-    80: {"tile_n": 160},
-    96: {"tile_n": 160},
-    128: {"tile_n": 160},
+_PAIRED = {"consumers": 2, "tile_n": 160, "stages": 2, "ctas_per_sm": 1, "tile_ns": 4830, "block_ns": 1880}
+_SINGLE = {"consumers": 1, "tile_n": 96, "stages": 2, "ctas_per_sm": 2, "tile_ns": 2880, "block_ns": 1340}
+_TILES: dict[int, tuple[dict[str, int], ...]] = {
+    64: (
+        {"consumers": 3, "tile_n": 128, "stages": 3, "ctas_per_sm": 1, "tile_ns": 3600, "block_ns": 1650},
+        {"consumers": 1, "tile_n": 128, "stages": 2, "ctas_per_sm": 2, "tile_ns": 2700, "block_ns": 1150},
+        {"consumers": 1, "tile_n": 144, "stages": 2, "ctas_per_sm": 2, "tile_ns": 2920, "block_ns": 1290},
+    ),
+    80: (_PAIRED, _SINGLE),
+    96: (_PAIRED, _SINGLE),
+    128: (_PAIRED, _SINGLE),
 }
-VARIANTS: dict[tuple[str, int, bool], Variant] = {
-    (dtype, head_dim, entropy): Variant(dtype, head_dim, entropy, **tiles)
+VARIANTS: dict[tuple[str, int, bool], tuple[Variant, ...]] = {
+    (dtype, head_dim, entropy): tuple(Variant(dtype, head_dim, entropy, **tiles) for tiles in builds)
     for dtype in _DTYPES
-    for head_dim, tiles in _TILES.items()
+    for head_dim, builds in _TILES.items()
     for entropy in (False, True)
 }
-"""(dtype, head dim, with entropy) -> the build that is launched. docs/log.md has what else was measured."""
+"""(dtype, head dim, with entropy) -> the builds of which `choose` takes one. docs/log.md has what else was measured.
+
+The times are fitted to those of an H100 (bf16, with entropy, head dims 64 and 128): all that counts is which is least."""
 
 
 # --- building -------------------------------------------------------------------------------------------------------
@@ -260,7 +277,7 @@ def _compile_nvcc(text: str, header: str, options: list[str]) -> bytes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one problem is dealt to the GPU; the fields are what the two kernels are launched with."""
+    """How one problem is dealt to the GPU: what the two kernels are launched with, and about how long that takes."""
 
     ctas: int
     full_tiles: int
@@ -269,32 +286,51 @@ class Plan:
     finish_blocks: int
     part_out_floats: int
     part_stats_floats: int
+    ns: int
 
 
 _MERGE_BLOCKS = 2.0
 """What a merge costs, in units of one key block: the parts are written and read once, and one more kernel runs."""
+_MERGE_NS = 5500
+"""The same as time, for `choose`."""
 _LEAST_RUN = 2
 """Key blocks of a split CTA at the least: below this, starting and merging cost more than they save."""
+
+
+def choose(
+    dtype: str, head_dim: int, queries: int, past: int, fresh: int, rows: int, heads: int, sms: int, *, entropy: str
+) -> tuple[Variant, Plan]:
+    """The build that is expected to be fastest for this problem, and how it is dealt out; the first one of equals."""
+    plans = [
+        (variant, plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean"))
+        for variant in VARIANTS[dtype, head_dim, entropy != "none"]
+    ]
+    return min(plans, key=lambda pair: pair[1].ns)
 
 
 def plan(variant: Variant, queries: int, past: int, fresh: int, rows: int, heads: int, sms: int, *, mean: bool) -> Plan:
     """Whole tiles in rounds of one per SM; what does not fill a last round is cut along the keys if that is faster."""
     tiles = -(-queries // variant.tile_m) * rows * heads
     blocks = -(-(-(-past // SEAM) * SEAM + fresh) // variant.tile_n)
-    rest = tiles % sms
-    run = max(_LEAST_RUN, -(-rest * blocks // sms))
+    slots = sms * variant.ctas_per_sm
+    rest = tiles % slots
+    run = max(_LEAST_RUN, -(-rest * blocks // slots))
     if not rest or run + _MERGE_BLOCKS >= blocks:
         rest = run = 0
     runs = -(-rest * blocks // run) if run else 0
     merges = rest * variant.consumers * variant.sets
+    ns = -(-(tiles - rest) // slots) * (variant.tile_ns + blocks * variant.block_ns)
+    if run:
+        ns += variant.tile_ns + run * variant.block_ns + _MERGE_NS
     return Plan(
-        ctas=min(sms, max(tiles - rest, runs)),
+        ctas=min(slots, max(tiles - rest, runs)),
         full_tiles=tiles - rest,
         split_tiles=rest,
         run=run,
         finish_blocks=-(-merges // 2) + (_mean_blocks(queries, rows) if mean else 0),
         part_out_floats=2 * runs * variant.tile_m * variant.head_dim,
         part_stats_floats=2 * runs * 3 * variant.tile_m,
+        ns=ns,
     )
 
 
@@ -479,8 +515,14 @@ class _Call:
         import torch
 
         queries, rows, heads, head_dim = shape
-        given = variant
-        variant = variant or VARIANTS[dtype, head_dim, entropy != "none"]
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+        small = queries <= SMALL_QUERIES and past + fresh <= SMALL_KEYS
+        if small:  # every build has the same small kernel
+            variant = variant or VARIANTS[dtype, head_dim, entropy != "none"][0]
+        elif variant is None:
+            variant, shares = choose(dtype, head_dim, queries, past, fresh, rows, heads, sms, entropy=entropy)
+        else:
+            shares = plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
         self.variant = variant
         self.dtype, self.row_heads, self.head_dim = dtype, rows * heads, head_dim
         self.queries, self.past, self.fresh = queries, past, fresh
@@ -489,7 +531,7 @@ class _Call:
         self.part_floats = self.stats_floats = 0
         self.small: _Kernel | None = None
         self.finish: _Kernel | None = None
-        if given is None and queries <= SMALL_QUERIES and past + fresh <= SMALL_KEYS:
+        if small:
             self.small = _Kernel(
                 _function(variant, device, SMALL_SYMBOL), rows * heads, SMALL_THREADS, variant.small_shared_bytes,
                 _SmallArguments(scale_log2=scale_log2, **common),
@@ -497,8 +539,6 @@ class _Call:
             finish_blocks = _mean_blocks(queries, rows) if entropy == "mean" else 0
             common |= {"full_tiles": -(-queries // variant.tile_m) * rows * heads, "run": 0}
         else:
-            sms = torch.cuda.get_device_properties(device).multi_processor_count
-            shares = plan(variant, queries, past, fresh, rows, heads, sms, mean=entropy == "mean")
             finish_blocks = shares.finish_blocks
             common |= {"full_tiles": shares.full_tiles, "run": shares.run}
             self.part_floats, self.stats_floats = shares.part_out_floats, shares.part_stats_floats
@@ -563,24 +603,13 @@ def available(device: Any = None) -> bool:
     return wanted.type == "cuda" and torch.cuda.get_device_capability(wanted) == (9, 0)
 
 
-_LEAST_FILL = {64: 2 / 3}
-"""Head dim -> the share of its tiles' queries that a problem must fill. Below it, 64 queries a tile of Triton's are faster
-than 192 of this kernel: measured from 64 to 300 queries, 2 and 8 rows (docs/log.md)."""
-
-
 def supports(dtype: Any, head_dim: int, n_queries: int, n_keys: int, scale: float = 1.0) -> bool:
-    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0, and
-    no better kernel for it.
+    """Whether `forward` takes this problem: fp16 or bf16 (a torch dtype or its name), a tabled head dim, scale > 0.
 
     A scale of 0 or below would turn the mask of absent keys and the maximum of the scores around.
     """
-    variant = VARIANTS.get((str(dtype).removeprefix("torch."), head_dim, True))
-    if variant is None or min(n_queries, n_keys) < 1 or not scale > 0:
-        return False
-    if n_queries <= SMALL_QUERIES and n_keys <= SMALL_KEYS:
-        return True
-    filled = n_queries / (-(-n_queries // variant.tile_m) * variant.tile_m)
-    return filled > _LEAST_FILL.get(head_dim, 0.0)
+    tabled = (str(dtype).removeprefix("torch."), head_dim, True) in VARIANTS
+    return tabled and min(n_queries, n_keys) >= 1 and scale > 0
 
 
 def forward(

@@ -276,7 +276,7 @@ def _table(index: Mapping[str, Any]) -> str:
 
 def _hopper(entry: Mapping[str, Any]) -> list[int]:
     """The fields of `HopperBuild`, in order."""
-    fields = ("tile_m", "tile_n", "consumers", "seam", "finish_threads", "sets")
+    fields = ("tile_m", "tile_n", "consumers", "ctas_per_sm", "tile_ns", "block_ns", "seam", "finish_threads", "sets")
     small = ("small_queries", "small_keys", "small_threads", "small_shared_bytes")
     numbers = [*(int(entry[field]) for field in fields), hopper._TENSOR_MAP_DTYPE[entry["dtype"]]]
     return [*numbers, *(int(entry[field]) for field in small)]

@@ -4,6 +4,8 @@
 // and new [L, R, H, D]. One CTA works on TILE_M queries of one (row, head) at a time; a producer warp brings K and V by
 // TMA (128-byte swizzle, STAGES deep), two or three consumer warpgroups of 64 queries each take turns on the tensor
 // cores: while one runs its two products (S = q k^T of block j, O += P v of block j - 1), the others do their softmax.
+// For problems that such tiles would not fill there are builds with one consumer and two CTAs to an SM, which overlap
+// without turns.
 //
 // The entropy is the centred recurrence in the exp2 domain. With c = scale log2(e), s = c q.k and a reference m per
 // query, the sums l = sum 2^(s - m) and u = sum 2^(s - m) (s - m) over the keys seen so far give
@@ -25,7 +27,7 @@
 //
 // Launch (everything a C++ caller has to know; `hopper.py` holds the same as the table `VARIANTS`):
 //
-//   toprovar_attention_forward<<<ctas, THREADS, SHARED_BYTES>>>(   at most one CTA per SM
+//   toprovar_attention_forward<<<ctas, THREADS, SHARED_BYTES>>>(   at most CTAS_PER_SM per SM
 //     CUtensorMap q, past_k, past_v, new_k, new_v, past_k_seam, past_v_seam, new_k_seam, new_v_seam,
 //                                                     3-D maps {D, R*H, length}, strides {D, R*H*D} * 2 bytes, 128-byte
 //                                                     swizzle, zero fill; box {64, 1, TILE_M} for q, {64, 1, SEAM} for
@@ -42,7 +44,7 @@
 // All three may be launched with programmatic stream serialisation: each waits for the kernel before it.
 //
 // Built by hopper.py with these macros: DTYPE (0 bf16, 1 fp16), HEAD_DIM (64, 80, 96, 128), TILE_N, CONSUMERS, STAGES,
-// ENTROPY (0, 1). `hopper_wgmma.cuh` is written by hopper.py: wrappers wgmma_qk and wgmma_pv of the two matrix
+// CTAS_PER_SM, ENTROPY (0, 1). `hopper_wgmma.cuh` is written by hopper.py: wrappers wgmma_qk and wgmma_pv of the two matrix
 // instructions, whose operand lists depend on the tile. No other header is used, so NVRTC compiles this as it is.
 
 #include "hopper_wgmma.cuh"
@@ -61,6 +63,10 @@ constexpr int HALVES = (HEAD_DIM + 63) / 64;          // a row of a tile is kept
 constexpr int QUERY_BYTES = HALVES * TILE_M * 128;
 constexpr int KEY_BYTES = HALVES * TILE_N * 128;      // one stage of K, or of V
 constexpr int THREADS = 128 * (CONSUMERS + 1);
+// Registers of a thread at launch, and after the producer has given its own away.
+constexpr int LAUNCH_REGISTERS = 65536 / (THREADS * CTAS_PER_SM) / 8 * 8;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 1 ? 40 : CONSUMERS == 2 ? 24 : 32;
+constexpr int CONSUMER_REGISTERS = LAUNCH_REGISTERS + (LAUNCH_REGISTERS - PRODUCER_REGISTERS) / CONSUMERS / 8 * 8;
 constexpr int SCORES = TILE_N / 2;                    // fp32 accumulators per thread
 constexpr int OUTPUTS = HEAD_DIM / 2;
 constexpr int PAIRS = TILE_N / 4;                     // P packed to 16 bits
@@ -135,15 +141,13 @@ __device__ __forceinline__ void pin(float (&values)[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(values[i])::"memory");
 }
 
-__device__ __forceinline__ void multiply_qk(float (&scores)[SCORES], u32 query, u32 key) {
-    const u32 a = uniform(operand(query, 16)), b = uniform(operand(key, 16));
+__device__ __forceinline__ void multiply_qk(float (&scores)[SCORES], u32 a, u32 b) {
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; k++)
         wgmma_qk(scores, a + (k / 4 * TILE_M * 128 + k % 4 * 32) / 16, b + (k / 4 * TILE_N * 128 + k % 4 * 32) / 16, k > 0);
 }
 
-__device__ __forceinline__ void multiply_pv(float (&output)[OUTPUTS], const u32 (&weights)[PAIRS], u32 value) {
-    const u32 b = operand(value, TILE_N * 128);
+__device__ __forceinline__ void multiply_pv(float (&output)[OUTPUTS], const u32 (&weights)[PAIRS], u32 b) {
 #pragma unroll
     for (int k = 0; k < TILE_N / 16; k++)
         wgmma_pv(output, weights[4 * k], weights[4 * k + 1], weights[4 * k + 2], weights[4 * k + 3], b + k * 2048 / 16);
@@ -434,7 +438,7 @@ __device__ __forceinline__ void load_block(const Problem& problem, u32 to, u32 f
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, CTAS_PER_SM)
     toprovar_attention_forward(const __grid_constant__ TensorMap query_map, const __grid_constant__ TensorMap past_key_map,
                                const __grid_constant__ TensorMap past_value_map, const __grid_constant__ TensorMap new_key_map,
                                const __grid_constant__ TensorMap new_value_map, const __grid_constant__ TensorMap past_key_seam,
@@ -474,26 +478,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     Schedule work(problem, cta, full_tiles, run);
 
     if (warp < 4) {  // ---- producer
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 32 : 24));
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER_REGISTERS));
         if (threadIdx.x == 0) {
             Ring keys, values;
             u32 query_parity = 1;
             while (work.next(problem, cta, ctas, full_tiles)) {
                 const int row_head = work.tile / problem.tiles_per_head;
                 const int tile_m = work.tile - row_head * problem.tiles_per_head;
-                barrier_wait(base + QUERY_FREE, query_parity);
-                query_parity ^= 1;
-                barrier_expect(base + QUERY_FULL, QUERY_BYTES);
-                for (int half = 0; half < HALVES; half++)
-                    tma_load(base + half * TILE_M * 128, &query_map, base + QUERY_FULL, half * 64, row_head, tile_m * TILE_M);
-
-                // In the order of use: K of block j + 1 is needed before V of block j.
+                // In the order of use: K of block j + 1 is needed before V of block j. The first K of a tile may come while
+                // the last one's queries are still in use.
                 for (int step = work.first; step <= work.last; step++) {
                     if (step < work.last) {
                         barrier_wait(base + KEY_FREE + 8 * keys.stage, keys.parity ^ 1);
                         load_block(problem, base + KEYS_AT + keys.stage * KEY_BYTES, base + KEY_FULL + 8 * keys.stage, step, row_head,
                                    &past_key_map, &new_key_map, &past_key_seam, &new_key_seam);
                         keys.advance();
+                    }
+                    if (step == work.first) {
+                        barrier_wait(base + QUERY_FREE, query_parity);
+                        query_parity ^= 1;
+                        barrier_expect(base + QUERY_FULL, QUERY_BYTES);
+                        for (int half = 0; half < HALVES; half++)
+                            tma_load(base + half * TILE_M * 128, &query_map, base + QUERY_FULL, half * 64, row_head, tile_m * TILE_M);
                     }
                     if (step > work.first) {
                         barrier_wait(base + VALUE_FREE + 8 * values.stage, values.parity ^ 1);
@@ -505,7 +511,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
         }
     } else {  // ---- consumers
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMERS == 3 ? 160 : 240));
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER_REGISTERS));
         const int group = warp / 4 - 1;
         const bool leader = threadIdx.x % 32 == 0;
         const u32 query = base + group * 64 * 128;
@@ -516,13 +522,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         u32 weights[PAIRS];
         Rows rows;
 
-        auto turn_take = [&] { asm volatile("bar.sync %0, 256;" ::"r"(my_turn) : "memory"); };
-        auto turn_pass = [&] { asm volatile("bar.arrive %0, 256;" ::"r"(next_turn) : "memory"); };
+        auto turn_take = [&] {
+            if constexpr (CONSUMERS > 1) asm volatile("bar.sync %0, 256;" ::"r"(my_turn) : "memory");
+        };
+        auto turn_pass = [&] {
+            if constexpr (CONSUMERS > 1) asm volatile("bar.arrive %0, 256;" ::"r"(next_turn) : "memory");
+        };
         auto release = [&](u32 bar) {
             if (leader) barrier_arrive(bar);
         };
         auto key_tile = [&] { return base + KEYS_AT + keys.stage * KEY_BYTES; };
-        auto value_tile = [&] { return base + VALUES_AT + values.stage * KEY_BYTES; };
+        auto query_operand = [&] { return uniform(operand(query, 16)); };
+        auto key_operand = [&] { return uniform(operand(key_tile(), 16)); };
+        auto value_operand = [&] { return operand(base + VALUES_AT + values.stage * KEY_BYTES, TILE_N * 128); };
         // Which blocks have rows without a key. Kept in shared memory: there is no register left for it in the loop.
         auto has_gap = [&](int block) {
             int gap_block, end_block;
@@ -536,14 +548,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             mask(scores, gap - block * TILE_N, resume - block * TILE_N, end - block * TILE_N);
         };
 
-        if (group == CONSUMERS - 1) asm volatile("bar.arrive 1, 256;" ::: "memory");  // the first turn is group 0's
+        if (CONSUMERS > 1 && group == CONSUMERS - 1) turn_pass();  // the first turn is group 0's
 
         while (work.next(problem, cta, ctas, full_tiles)) {
             barrier_wait(base + QUERY_FULL, query_parity);
             query_parity ^= 1;
             barrier_wait(base + KEY_FULL + 8 * keys.stage, keys.parity);
             wgmma_fence();
-            multiply_qk(scores, query, key_tile());
+            multiply_qk(scores, query_operand(), key_operand());
             wgmma_commit();
 #pragma unroll
             for (int i = 0; i < OUTPUTS; i++) output[i] = 0.f;
@@ -555,16 +567,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             softmax_first(scores, rows, scale_log2);
             pack_weights(weights, scores);
 
+            u32 key = key_operand(), next_value = value_operand();
 #pragma unroll 1
             for (int block = work.first + 1; block < work.last; block++) {
                 barrier_wait(base + KEY_FULL + 8 * keys.stage, keys.parity);
                 turn_take();
                 pin(output);
+                const u32 value = uniform(next_value);
                 wgmma_fence();
-                multiply_qk(scores, query, key_tile());
+                multiply_qk(scores, query_operand(), key);
                 wgmma_commit();
                 barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
-                multiply_pv(output, weights, value_tile());
+                multiply_pv(output, weights, value);
                 wgmma_commit();
                 const bool gap = has_gap(block);  // asked here, where there is time
                 wgmma_wait<1>();
@@ -584,6 +598,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 pin(scores);
                 release(base + VALUE_FREE + 8 * values.stage);
                 values.advance();
+                key = key_operand(), next_value = value_operand();  // of the next block, before its turn comes
+                asm volatile("" : "+r"(next_value));                // not later, whatever ptxas thinks
                 if (moved) {
 #pragma unroll
                     for (int i = 0; i < OUTPUTS; i++) output[i] *= rows.shrink[i / 2 % 2];
@@ -595,7 +611,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_wait(base + VALUE_FULL + 8 * values.stage, values.parity);
             pin(output);
             wgmma_fence();
-            multiply_pv(output, weights, value_tile());
+            multiply_pv(output, weights, value_operand());
             wgmma_commit();
             wgmma_wait<0>();
             pin(output);

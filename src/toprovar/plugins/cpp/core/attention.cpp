@@ -18,6 +18,7 @@ namespace spec = contract::entropy_attention;
 using contract::DataType;
 
 constexpr double kLOG2_E = 1.4426950408889634;
+constexpr int32_t kMAX_HOPPER_BUILDS = 4;
 
 AttentionSizes sizesOf(Tensor const* inputs) noexcept {
     AttentionSizes sizes;
@@ -54,11 +55,8 @@ public:
         device_ = device;
         arch_ = arch;
         int32_t const entropy = wantsEntropy() ? kENTROPY_MEAN : kENTROPY_NONE;
-        KernelEntry const* hopper = find(KernelKind::kHOPPER_ATTENTION, type, sizes.headDim, entropy, -1, 0, 0);
-        if (hopper != nullptr && scale() > 0.F) {
-            status = loadKernel(device, *hopper, hopper_);
-        } else {
-            hopper_ = {};
+        status = prepareHopper(type, sizes.headDim, entropy);
+        if (status.ok() && nbHopper_ == 0) {
             status = prepareTriton(type, sizes, entropy);
         }
         if (status.ok()) {
@@ -76,8 +74,12 @@ public:
         AttentionSizes const sizes = sizesOf(largest);
         int64_t const perHead = wantsEntropy() ? sizes.items() : 0;
         int64_t parts = 0;
-        if (hopper_.entry != nullptr) {
-            parts = 2 * int64_t{device_.smCount} * hopper_.entry->hopper.tileM * (sizes.headDim + 3);
+        if (nbHopper_ > 0) {
+            for (int32_t i = 0; i < nbHopper_; ++i) {
+                HopperBuild const& build = hopper_[i].entry->hopper;
+                int64_t const slots = 2 * int64_t{build.ctasPerSm} * device_.smCount;
+                parts = std::max(parts, slots * build.tileM * (sizes.headDim + 3));
+            }
             return sizeof(float) * static_cast<size_t>(parts + perHead);
         }
         KernelTable const& table = kernelTable();
@@ -110,8 +112,8 @@ public:
             return Status::error("%s: no keys; past_k and new_k must not both be empty", spec().name);
         }
         auto* const scratch = static_cast<float*>(workspace);
-        return hopper_.entry != nullptr ? enqueueHopper(sizes, in, out, scratch, stream)
-                                        : enqueueTriton(sizes, in, out, scratch, stream);
+        return nbHopper_ > 0 ? enqueueHopper(sizes, in, out, scratch, stream)
+                             : enqueueTriton(sizes, in, out, scratch, stream);
     }
 
 private:
@@ -150,6 +152,30 @@ private:
                 static_cast<long long>(sizes.headDim), arch_, kernelTable().maxHeads);
         }
         return loadKernel(device_, *entry, kernel);
+    }
+
+    // All builds for this type, head dim and entropy, in the order of hopper.VARIANTS; none for a scale that would turn
+    // the mask and the maximum of the scores around.
+    Status prepareHopper(DataType type, int64_t headDim, int32_t entropy) {
+        KernelTable const& table = kernelTable();
+        nbHopper_ = 0;
+        for (int32_t i = 0; i < table.nbEntries && scale() > 0.F; ++i) {
+            KernelEntry const& entry = table.entries[i];
+            if (entry.kind == KernelKind::kHOPPER_ATTENTION && entry.arch == arch_ && entry.type == type &&
+                entry.headDim == headDim && entry.entropy == entropy) {
+                if (nbHopper_ == kMAX_HOPPER_BUILDS) {
+                    return Status::error("%s: more than %d builds of one Hopper kernel; this is a defect of the library",
+                                         spec().name, kMAX_HOPPER_BUILDS);
+                }
+                Status const status = loadKernel(device_, entry, hopper_[nbHopper_]);
+                if (!status.ok()) {
+                    nbHopper_ = 0;
+                    return status;
+                }
+                ++nbHopper_;
+            }
+        }
+        return {};
     }
 
     Status prepareTriton(DataType type, AttentionSizes const& sizes, int32_t entropy) {
@@ -243,7 +269,7 @@ private:
         return {};
     }
 
-    Status encodeMap(Driver const& driver, CUtensorMap& map, void const* pointer, int64_t length,
+    Status encodeMap(Driver const& driver, CUtensorMap& map, int32_t dataType, void const* pointer, int64_t length,
                      AttentionSizes const& sizes, int32_t boxRows) const noexcept {
         auto const d = static_cast<cuuint64_t>(sizes.headDim);
         auto const rowHeads = static_cast<cuuint64_t>(sizes.rows * sizes.heads);
@@ -252,7 +278,7 @@ private:
         cuuint32_t const box[3] = {64, 1, static_cast<cuuint32_t>(boxRows)};
         cuuint32_t const steps[3] = {1, 1, 1};
         CUresult const code = driver.cuTensorMapEncodeTiled(
-            &map, static_cast<CUtensorMapDataType>(hopper_.entry->hopper.mapDataType), 3, const_cast<void*>(pointer),
+            &map, static_cast<CUtensorMapDataType>(dataType), 3, const_cast<void*>(pointer),
             shape, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
         return driver.check(code, "cuTensorMapEncodeTiled");
@@ -260,7 +286,8 @@ private:
 
     Status enqueueSmall(Driver const& driver, AttentionSizes const& sizes, void const* const* in, void* const* out,
                         float* perHead, CUstream stream) const noexcept {
-        HopperBuild const& build = hopper_.entry->hopper;
+        Kernel const& kernel = hopper_[0];  // every build has the same small kernel
+        HopperBuild const& build = kernel.entry->hopper;
         HopperSmall small;
         small.q = address(in[spec::kQ]);
         small.past_k = address(in[spec::kPAST_K]);
@@ -283,7 +310,7 @@ private:
         config.sharedMemBytes = static_cast<unsigned>(build.smallSharedBytes);
         config.hStream = stream;
         Status const status =
-            driver.check(driver.cuLaunchKernelEx(&config, hopper_.small, parameters, nullptr), hopper_.entry->name);
+            driver.check(driver.cuLaunchKernelEx(&config, kernel.small, parameters, nullptr), kernel.entry->name);
         if (!status.ok() || !wantsEntropy()) {
             return status;
         }
@@ -298,10 +325,11 @@ private:
         finish.heads = static_cast<int32_t>(sizes.heads);
         int64_t const tiles = (sizes.queries + build.tileM - 1) / build.tileM * sizes.rows * sizes.heads;
         finish.full_tiles = static_cast<int32_t>(tiles);
-        return launchFinish(driver, finish, hopperMeanBlocks(sizes), stream);
+        return launchFinish(driver, kernel, finish, hopperMeanBlocks(sizes), stream);
     }
 
-    Status launchFinish(Driver const& driver, HopperFinish& finish, int64_t blocks, CUstream stream) const noexcept {
+    Status launchFinish(Driver const& driver, Kernel const& kernel, HopperFinish& finish, int64_t blocks,
+                        CUstream stream) const noexcept {
         void* parameters[HopperFinish::kNB_PARAMETERS];
         finish.pointers(parameters);
         // It may be set up while the kernel before it still runs; it waits for that with griddepcontrol.wait.
@@ -311,11 +339,11 @@ private:
         CUlaunchConfig config{};
         config.gridDimX = static_cast<unsigned>(blocks);
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
-        config.blockDimX = static_cast<unsigned>(hopper_.entry->hopper.finishThreads);
+        config.blockDimX = static_cast<unsigned>(kernel.entry->hopper.finishThreads);
         config.hStream = stream;
         config.attrs = &overlap;
         config.numAttrs = 1;
-        return driver.check(driver.cuLaunchKernelEx(&config, hopper_.finish, parameters, nullptr), hopper_.entry->name);
+        return driver.check(driver.cuLaunchKernelEx(&config, kernel.finish, parameters, nullptr), kernel.entry->name);
     }
 
     Status enqueueHopper(AttentionSizes const& sizes, void const* const* in, void* const* out, float* workspace,
@@ -325,16 +353,22 @@ private:
         if (driver == nullptr) {
             return status;
         }
-        HopperBuild const& build = hopper_.entry->hopper;
+        HopperBuild const* builds[kMAX_HOPPER_BUILDS];
+        for (int32_t i = 0; i < nbHopper_; ++i) {
+            builds[i] = &hopper_[i].entry->hopper;
+        }
         bool const mean = wantsEntropy();
-        if (sizes.queries <= build.smallQueries && sizes.past + sizes.fresh <= build.smallKeys) {
+        if (sizes.queries <= builds[0]->smallQueries && sizes.past + sizes.fresh <= builds[0]->smallKeys) {
             return enqueueSmall(*driver, sizes, in, out, workspace, stream);
         }
-        HopperPlan const plan = planHopper(build, sizes, device_.smCount, mean);
+        HopperPlan plan;
+        Kernel const& kernel = hopper_[chooseHopper(builds, nbHopper_, sizes, device_.smCount, mean, plan)];
+        HopperBuild const& build = kernel.entry->hopper;
 
         HopperForward forward;
         int32_t const inputs[4] = {spec::kPAST_K, spec::kPAST_V, spec::kNEW_K, spec::kNEW_V};
-        status = encodeMap(*driver, forward.maps[0], in[spec::kQ], sizes.queries, sizes, build.tileM);
+        int32_t const type = build.mapDataType;
+        status = encodeMap(*driver, forward.maps[0], type, in[spec::kQ], sizes.queries, sizes, build.tileM);
         for (int32_t i = 0; i < 8 && status.ok(); ++i) {
             int32_t const boxRows = i < 4 ? build.tileN : build.seam;
             int32_t piece = i % 4;
@@ -342,8 +376,8 @@ private:
             if ((piece < 2 ? sizes.past : sizes.fresh) == 0) {
                 piece ^= 2;
             }
-            status = encodeMap(*driver, forward.maps[1 + i], in[inputs[piece]], piece < 2 ? sizes.past : sizes.fresh,
-                               sizes, boxRows);
+            status = encodeMap(*driver, forward.maps[1 + i], type, in[inputs[piece]],
+                               piece < 2 ? sizes.past : sizes.fresh, sizes, boxRows);
         }
         if (!status.ok()) {
             return status;
@@ -367,11 +401,11 @@ private:
         CUlaunchConfig config{};
         config.gridDimX = static_cast<unsigned>(plan.ctas);
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1;
-        config.blockDimX = static_cast<unsigned>(hopper_.entry->threads);
-        config.sharedMemBytes = static_cast<unsigned>(hopper_.entry->sharedBytes);
+        config.blockDimX = static_cast<unsigned>(kernel.entry->threads);
+        config.sharedMemBytes = static_cast<unsigned>(kernel.entry->sharedBytes);
         config.hStream = stream;
-        status = driver->check(driver->cuLaunchKernelEx(&config, hopper_.function, parameters, nullptr),
-                               hopper_.entry->name);
+        status = driver->check(driver->cuLaunchKernelEx(&config, kernel.function, parameters, nullptr),
+                               kernel.entry->name);
         if (!status.ok() || plan.finishBlocks == 0) {
             return status;
         }
@@ -389,14 +423,15 @@ private:
         finish.heads = static_cast<int32_t>(sizes.heads);
         finish.full_tiles = forward.full_tiles;
         finish.run = forward.run;
-        return launchFinish(*driver, finish, plan.finishBlocks, stream);
+        return launchFinish(*driver, kernel, finish, plan.finishBlocks, stream);
     }
 
     bool ready_ = false;
     DataType type_ = DataType::kANY;
     int64_t headDim_ = 0;
     int32_t arch_ = 0;
-    Kernel hopper_;
+    Kernel hopper_[kMAX_HOPPER_BUILDS];
+    int32_t nbHopper_ = 0;  // 0: Triton's kernels
     Kernel wide_;
     Kernel narrow_;
     Kernel split_;

@@ -9,6 +9,7 @@ namespace toprovar {
 namespace {
 
 constexpr int64_t kMERGE_BLOCKS = 2;  // hopper.py: _MERGE_BLOCKS
+constexpr int64_t kMERGE_NS = 5500;   // hopper.py: _MERGE_NS
 constexpr int64_t kLEAST_RUN = 2;     // hopper.py: _LEAST_RUN
 constexpr int64_t kMEAN_QUERIES = 32;
 
@@ -62,8 +63,9 @@ HopperPlan planHopper(HopperBuild const& build, AttentionSizes const& sizes, int
     int64_t const tiles = ceilDivide(sizes.queries, build.tileM) * sizes.rows * sizes.heads;
     int64_t const seam = ceilDivide(sizes.past, build.seam) * build.seam;
     int64_t const blocks = ceilDivide(seam + sizes.fresh, build.tileN);
-    int64_t rest = tiles % smCount;
-    int64_t run = std::max(kLEAST_RUN, ceilDivide(rest * blocks, smCount));
+    int64_t const ctas = int64_t{build.ctasPerSm} * smCount;
+    int64_t rest = tiles % ctas;
+    int64_t run = std::max(kLEAST_RUN, ceilDivide(rest * blocks, ctas));
     if (rest == 0 || run + kMERGE_BLOCKS >= blocks) {
         rest = 0;
         run = 0;
@@ -72,14 +74,31 @@ HopperPlan planHopper(HopperBuild const& build, AttentionSizes const& sizes, int
     int64_t const slots = 2 * runs;
     int64_t const merges = rest * build.consumers * build.sets;
     HopperPlan plan;
-    plan.ctas = std::min<int64_t>(smCount, std::max(tiles - rest, runs));
+    plan.ctas = std::min(ctas, std::max(tiles - rest, runs));
     plan.fullTiles = tiles - rest;
     plan.splitTiles = rest;
     plan.run = run;
     plan.finishBlocks = ceilDivide(merges, 2) + (mean ? hopperMeanBlocks(sizes) : 0);
     plan.partOutFloats = slots * build.tileM * sizes.headDim;
     plan.partStatsFloats = slots * 3 * build.tileM;
+    plan.ns = ceilDivide(plan.fullTiles, ctas) * (build.tileNs + blocks * build.blockNs);
+    if (run > 0) {
+        plan.ns += build.tileNs + run * build.blockNs + kMERGE_NS;
+    }
     return plan;
+}
+
+int32_t chooseHopper(HopperBuild const* const* builds, int32_t nbBuilds, AttentionSizes const& sizes, int32_t smCount,
+                     bool mean, HopperPlan& plan) noexcept {
+    int32_t best = 0;
+    for (int32_t i = 0; i < nbBuilds; ++i) {
+        HopperPlan const candidate = planHopper(*builds[i], sizes, smCount, mean);
+        if (i == 0 || candidate.ns < plan.ns) {
+            best = i;
+            plan = candidate;
+        }
+    }
+    return best;
 }
 
 }  // namespace toprovar

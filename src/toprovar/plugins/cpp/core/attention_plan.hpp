@@ -39,10 +39,14 @@ struct HopperPlan {
     int64_t finishBlocks = 0;
     int64_t partOutFloats = 0;
     int64_t partStatsFloats = 0;
+    int64_t ns = 0;
 };
 
 // Blocks of the finish kernel that take the mean over heads.
 int64_t hopperMeanBlocks(AttentionSizes const& sizes) noexcept;
 HopperPlan planHopper(HopperBuild const& build, AttentionSizes const& sizes, int32_t smCount, bool mean) noexcept;
+// hopper.choose: which of the builds, and its plan.
+int32_t chooseHopper(HopperBuild const* const* builds, int32_t nbBuilds, AttentionSizes const& sizes, int32_t smCount,
+                     bool mean, HopperPlan& plan) noexcept;
 
 }  // namespace toprovar

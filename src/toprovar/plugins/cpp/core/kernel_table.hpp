@@ -29,6 +29,9 @@ struct HopperBuild {
     int32_t tileM;      // queries of a CTA
     int32_t tileN;      // keys of a block
     int32_t consumers;  // warpgroups of 64 queries
+    int32_t ctasPerSm;  // that run at once
+    int32_t tileNs;     // about what a tile and a block take: `chooseHopper` goes by them
+    int32_t blockNs;
     int32_t seam;       // rows of the small boxes where past and new keys meet
     int32_t finishThreads;
     int32_t sets;         // blocks of 32 output columns

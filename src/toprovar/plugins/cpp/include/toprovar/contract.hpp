@@ -8,7 +8,7 @@
 namespace toprovar::contract {
 
 inline constexpr int32_t kCONTRACT_VERSION = 1;
-inline constexpr int32_t kKERNEL_REVISION = 2;
+inline constexpr int32_t kKERNEL_REVISION = 3;
 inline constexpr char const* kDOMAIN = "toprovar";
 inline constexpr char const* kPLUGIN_NAMESPACE = "toprovar";
 inline constexpr char const* kPLUGIN_VERSION = "1";
