@@ -164,7 +164,7 @@ private:
             if (entry.kind == KernelKind::kHOPPER_ATTENTION && entry.arch == arch_ && entry.type == type &&
                 entry.headDim == headDim && entry.entropy == entropy) {
                 if (nbHopper_ == kMAX_HOPPER_BUILDS) {
-                    return Status::error("%s: more than %d builds of one Hopper kernel; this is a defect of the library",
+                    return Status::error("%s: more than %d builds of a Hopper kernel; this is a defect of the library",
                                          spec().name, kMAX_HOPPER_BUILDS);
                 }
                 Status const status = loadKernel(device_, entry, hopper_[nbHopper_]);
