@@ -106,10 +106,6 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
         def __init__(self, content: bytes) -> None:
             self.content = content
 
-        def combine(self, input_cache: object, ignore_mismatch: bool) -> bool:
-            asked.setdefault("combined", []).append(input_cache.content)
-            return ignore_mismatch
-
         def serialize(self) -> bytes:
             return self.content + b"+"
 
@@ -236,8 +232,7 @@ def test_the_timing_cache_is_kept_from_build_to_build(make, graph, tmp_path):
     builder, asked = make("10.16.1.11", plugin_layers=1)
     builder.build(graph, PROFILES, EngineOptions())
     builder.build(graph, PROFILES, EngineOptions())
-    # Read before a build, and once more before it is written: other processes may have added to it.
-    assert asked["timing"] == [b"", b"", b"+", b"+"] and asked["combined"] == [b"", b"+"]
+    assert asked["timing"] == [b"", b"+"]
     assert (tmp_path / "timing.cache").read_bytes() == b"++"
 
 
@@ -296,6 +291,12 @@ def test_trtexec_commands_of_a_bundle(tmp_path):
     lines = trtexec_commands(root, EngineOptions(), "8.6.0")
     assert lines[0].startswith("python -m toprovar.exporter.lower86 ")
     assert json.loads((root / "manifest.json").read_text())["targets"] == {"onnxruntime": {}}
+
+
+def test_commands_of_a_cut_graph_are_refused(tmp_path, capsys):
+    root = tiny.write_bundle(tmp_path / "tiny.bundle")
+    assert engine_tensorrt.main([str(root), "--emit-trtexec", "--stages", "2"]) == 2
+    assert capsys.readouterr().err == "error: --emit-trtexec: trtexec builds whole graphs; leave out --stages\n"
 
 
 def test_what_builds_engines_imports_no_torch():

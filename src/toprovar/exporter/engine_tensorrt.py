@@ -10,7 +10,6 @@ and the builder is told to obey; the graph itself goes through `lower86`.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import json
 import logging
@@ -126,13 +125,11 @@ class TensorRtBuilder:
         if self._major == 8:
             _state_types(trt, network)
         add_profiles(builder, network, config, profiles, f"target tensorrt: {graph.name}")
-        cache = self._timing_cache_of(config, self._timing_cache)
-        # A cache knows the card that it was measured on; another of the same model will do, and the file is of one model.
-        config.set_timing_cache(cache, ignore_mismatch=True)
+        cache = self._read_timing_cache(config)
         data = builder.build_serialized_network(network, config)
         if data is None:
             raise TargetError(f"target tensorrt: cannot build {graph.name}: {_first(messages.errors)}")
-        self._write_timing_cache(config, cache)
+        self._write_timing_cache(cache)
         return BuiltEngine(bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings))
 
     def _start(self) -> tuple[Any, Any]:
@@ -169,26 +166,24 @@ class TensorRtBuilder:
             self._monitor = _monitor(trt, self._progress)  # TensorRT does not keep it alive
             config.progress_monitor = self._monitor
 
-    def _timing_cache_of(self, config: Any, path: Path) -> Any:
-        """What the file holds, or an empty cache."""
+    def _read_timing_cache(self, config: Any) -> Any:
+        path = self._timing_cache
         content = path.read_bytes() if path.is_file() else b""
         cache = config.create_timing_cache(content)
         if cache is None:
             _log.warning("%s is no timing cache of this TensorRT; starting a new one", path)
             cache = config.create_timing_cache(b"")
+        # A cache knows the card that it was measured on; another of the same model will do, and the file is of one model.
+        config.set_timing_cache(cache, ignore_mismatch=True)
         return cache
 
-    def _write_timing_cache(self, config: Any, cache: Any) -> None:
-        """Add what was measured to the file: other processes may have added to it since it was read."""
-        path = self._timing_cache
+    def _write_timing_cache(self, cache: Any) -> None:
+        """The file becomes what this build read and measured; of builds side by side, that of the last one stays."""
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.with_name(path.name + ".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                cache.combine(self._timing_cache_of(config, path), ignore_mismatch=True)
-                write_bytes(path, bytes(cache.serialize()))
+            self._timing_cache.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._timing_cache, bytes(cache.serialize()))
         except OSError as error:  # a read-only home: measured again next time
-            _log.warning("%s cannot be written: %s", path, error)
+            _log.warning("%s cannot be written: %s", self._timing_cache, error)
 
 
 def _default_timing_cache(version: str, gpu: Gpu) -> Path:
@@ -420,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--stages", type=int, default=1, help="cut step into so many engines, which run one behind the other"
     )
     parser.add_argument("--jobs", type=int, default=1, help="build so many engines side by side, each in a process")
-    parser.add_argument("--timing-cache", type=Path, help="file of kernels measured on this GPU model; added to")
+    parser.add_argument("--timing-cache", type=Path, help="file of kernels measured on this GPU model")
     parser.add_argument("--engine-cache", type=Path, help="folder of engines that are not built again")
     parser.add_argument("--emit-trtexec", action="store_true", help="build nothing; print the equal trtexec commands")
     given = parser.parse_args(arguments)
@@ -434,6 +429,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stages=given.stages,
         )
         if given.emit_trtexec:
+            if given.stages > 1:
+                raise InputError("--emit-trtexec: trtexec builds whole graphs; leave out --stages")
             for line in trtexec_commands(given.bundle, options):
                 print(line)
             return 0
