@@ -6,7 +6,8 @@ Speed does not depend on the weights, so they are random, at the true sizes. Kee
 weights have none worth the name: the plans are those that the profiles make of the calibration of the embedded
 text demo, a small Infinity (benchmarks/results/text-demo-calibration.json), carried over to the larger model by
 `carried_plan`. The floor of a plan is its
-FLOPs at the rates of a plain GEMM and of this project's attention, both measured in the same run. A result is checked before
+FLOPs at the rates of a plain GEMM and of this project's attention; its roofline is the sum over scales of that or the time of
+reading the layers' weights once, whichever is longer; all rates are measured in the same run. A result is checked before
 it is timed: the same noise gives the same picture twice, and the fused graphs give the logits of the plain PyTorch step
 within bf16 noise.
 """
@@ -58,6 +59,8 @@ SIZES = {
 ORIGINAL_S = {"2b": 1.16, "8b": 1.74}
 """Seconds per image of the original code on an H100, median of 13 runs."""
 FASTVAR_S = {"2b": 0.80}
+READ_BY_A_SCALE = [f"{name}.weight" for name in ("sa.mat_qkv", "sa.proj", "ca.mat_q", "ca.proj", "ffn.fc1", "ffn.fc2")]
+"""Of a layer, two bytes each; the text's keys are made once a picture."""
 PROMPT_CLASS = "object"
 """Of the calibration."""
 
@@ -126,23 +129,34 @@ def median_ms(run: Callable[[], Any], repeats: int = 20) -> float:
 
 
 def rates() -> dict[str, float]:
-    """TFLOP/s of a plain bf16 GEMM and of this project's attention with entropy, on random data."""
+    """TFLOP/s of a plain bf16 GEMM and of this project's attention with entropy, on random data; TB/s of a copy."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     gemm = 2 * 8192**3 / median_ms(lambda: F.linear(a, b)) / 1e9
     q = torch.randn(4096, 2, 16, 128, device="cuda", dtype=torch.bfloat16)
     past = [torch.randn(6425, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     new = [torch.randn(4096, 2, 16, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     ms = median_ms(lambda: entropy_attention(q, *past, *new, scale=0.088, entropy="mean"))
-    return {"gemm_tflops": gemm, "attention_tflops": 4 * 4096 * 10521 * 128 * 32 / ms / 1e9}
+    attention = 4 * 4096 * 10521 * 128 * 32 / ms / 1e9
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    memory = 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e9
+    return {"gemm_tflops": gemm, "attention_tflops": attention, "memory_tbps": memory}
 
 
-def floor_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, Any]) -> float:
-    """FLOPs of the plan at the measured rates."""
+def floors_ms(backbone: Infinity, pruning: Pruning, images: int, rate: dict[str, Any]) -> tuple[float, float]:
+    """Floor and roofline of a plan at the measured rates."""
     run = range(backbone.spec.scales) if pruning.scales_run is None else pruning.scales_run
     flops = plan_flops(model_shape(backbone, TEXT_TOKENS), pruning.roles, [pruning.keep[s] for s in run])
-    attention = sum(s.self_attention + s.cross_attention for s in flops.scales)
-    linear = flops.total - attention
-    return float(images * (linear / rate["gemm_tflops"] + attention / rate["attention_tflops"]) / 1e9)
+    weights = sum(block.get_parameter(name).numel() for block in backbone.blocks for name in READ_BY_A_SCALE)
+    reading = 2 * weights / rate["memory_tbps"] / 1e9
+    before = flops.total - sum(scale.total for scale in flops.scales)  # the conditioning
+    floor = roofline = images * before / rate["gemm_tflops"] / 1e9
+    for scale in flops.scales:
+        attention = scale.self_attention + scale.cross_attention
+        linear = (scale.total - attention) / rate["gemm_tflops"]
+        ms = images * (linear + attention / rate["attention_tflops"]) / 1e9
+        floor, roofline = floor + ms, roofline + max(ms, reading)
+    return floor, roofline
 
 
 def measure(engine: InfinityGraphs, condition: tuple[torch.Tensor, ...], most: int) -> dict[str, Any]:
@@ -198,7 +212,7 @@ def check_step(backbone: Infinity) -> float:
     x, codes, worst = prefix.x0.clone(), backbone.initial_codes(1), 0.0
     with torch.no_grad():
         for index, run in enumerate(engine.runs):
-            logits = engine._step(run, x, prefix.context, engine.cache, [], padded=False)
+            logits = engine._step(run, x, prefix.context, engine.cache, [])
             expected = trace.logits[index]
             worst = max(worst, float((logits - expected).abs().max() / expected.std()))
             constants = engine._constants[index]
@@ -329,7 +343,7 @@ def run_case(
         row = measure(engine, (text, torch.full((images,), TEXT_TOKENS, device="cuda")), repeats)
     except torch.cuda.OutOfMemoryError:
         return None
-    floor = floor_ms(backbone, pruning, images, report)
+    floor, roofline = floors_ms(backbone, pruning, images, report)
     return row | {
         "cuda_graphs": graphs,
         "roles": pruning.roles,
@@ -337,6 +351,8 @@ def run_case(
         "scales_run": len(pruning.scales_run or backbone.spec.grids),
         "floor_ms": floor,
         "of_floor": floor / row["transformer_ms"],
+        "roofline_ms": roofline,
+        "of_roofline": roofline / row["transformer_ms"],
         "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
         "cache_gib": engine.cache.size_bytes / 2**30,
     }
@@ -357,20 +373,22 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"Infinity at 1024 x 1024, CFG, bf16, random weights, {report['text_tokens']} text tokens; {report['gpu']}, "
         f"PyTorch {report['torch']}, commit {report['commit']}. Plain GEMM {report['gemm_tflops']:.0f} TFLOP/s, "
-        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s. Medians, ms. Plans: of the profile, from "
-        f"{report['calibration']} ({report['calibration_sha256'][:12]}); `of floor`: the transformer's, by its plan's FLOPs.",
+        f"attention with entropy {report['attention_tflops']:.0f} TFLOP/s, memory {report['memory_tbps']:.2f} TB/s. "
+        f"Medians, ms. Plans: of the profile, from {report['calibration']} ({report['calibration_sha256'][:12]}). "
+        "The transformer's floor: its plan's FLOPs; roofline: at each scale that or reading the weights.",
         "",
         "| model | batch | plan | scales | CUDA graphs | total | p20 – p80 | transformer | decode | floor | of floor | "
-        "to dense | GiB |",
-        "|" + " --- |" * 13,
+        "roofline | of it | to dense | GiB | commit |",
+        "|" + " --- |" * 16,
     ]
     for row in report["rows"]:
         lines.append(
             f"| {row['model']} | {row['batch']} | {row['case']} | {row['scales_run']} | "
             f"{'yes' if row['cuda_graphs'] else 'no'} | "
             f"{row['total_ms']:.1f} | {row['total_ms_p20']:.1f} – {row['total_ms_p80']:.1f} | {row['transformer_ms']:.1f} | "
-            f"{row['decode_ms']:.1f} | {row['floor_ms']:.1f} | {row['of_floor']:.0%} | {row['speedup']:.2f} | "
-            f"{row['peak_memory_gib']:.1f} |"
+            f"{row['decode_ms']:.1f} | {row['floor_ms']:.1f} | {row['of_floor']:.0%} | {row['roofline_ms']:.1f} | "
+            f"{row['of_roofline']:.0%} | {row['speedup']:.2f} | "
+            f"{row['peak_memory_gib']:.1f} | {row.get('commit', report['commit'])} |"
         )
     originals = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in ORIGINAL_S.items())
     fastvar = ", ".join(f"{model} {seconds:.2f} s" for model, seconds in FASTVAR_S.items())

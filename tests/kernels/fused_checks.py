@@ -15,7 +15,7 @@ from toprovar.backbones.base import Sampling, guide, gumbel
 from toprovar.backbones.bsq_vae import BsqVae, VaeSpec
 from toprovar.backbones.bsq_vae_cuda import _phase_weights
 from toprovar.backbones.generate import Pruning, generate
-from toprovar.backbones.infinity import Infinity, InfinitySpec
+from toprovar.backbones.infinity import Infinity, InfinitySpec, masked_attention, text_bias
 from toprovar.kernels import fused, linear
 from toprovar.profiles.noise import scale_noise
 
@@ -77,9 +77,23 @@ def kernels(device: str) -> None:
     near(q, raw_q, 0.0)
     near(k, raw_k, 0.0)
 
-    for m, outputs, inputs in ((1, 64, 128), (5, 192, 256), (33, 128, 512)):
-        x, weight = normal(m, inputs), normal(outputs, inputs)
-        near(linear.thin_linear(x, weight).sum(0), x @ weight.T, 2e-4)
+    for m, outputs, inputs in ((1, 64, 128), (5, 192, 256), (17, 128, 448), (32, 128, 512)):
+        x, weight, bias = normal(m, inputs), normal(outputs, inputs), normal(outputs)
+        parts, wanted = linear.thin_linear(x, weight), x @ weight.T
+        near(parts.sum(0), wanted, 2e-4)
+        wanted += bias
+        near(fused.add_parts(parts, bias, torch.float32), wanted, 2e-4)
+        near(fused.add_parts(parts, bias, torch.float32, gelu=True), F.gelu(wanted, approximate="tanh"), 2e-4)
+
+    for n, tokens, dim in ((1, 5, 16), (19, 64, 24), (70, 150, 32)):
+        q, k, v = normal(n, rows, heads, dim), normal(tokens, rows, heads, dim), normal(tokens, rows, heads, dim)
+        bias = text_bias(torch.tensor([1, tokens, tokens // 2, 3], device=device), tokens)
+        wanted = masked_attention(q, k, v, bias)  # first: what wrote the bias must have ended when the kernel begins
+        near(fused.text_attention(q, k, v, bias), wanted, 2e-4)
+
+    scores, bias = normal(3, 7, 5 * 11), normal(3, 5 * 11)
+    wanted = (scores * 0.5 + bias[:, None]).unflatten(-1, (5, 11)).softmax(-1).flatten(-2)
+    near(fused.text_softmax(scores, bias, 5, 0.5), wanted, 1e-5)
 
     # A mean far from 0, sizes that fill no tile, and a channel bias that the norm has to add first.
     picture = (normal(2, 64, 9, 13) * 3 + 20).contiguous(memory_format=torch.channels_last)
@@ -149,7 +163,10 @@ def tiny_infinity() -> Infinity:
 
 def infinity() -> None:
     """`InfinityGraphs` without graphs, dense and pruned, with and without padding, against `generate`."""
+    from toprovar.backbones import infinity_cuda
     from toprovar.backbones.infinity_graphs import InfinityGraphs
+
+    infinity_cuda.FOLDED_TOKENS = 10  # some scales with the text folded into their products, some without
 
     # On a CPU `_addmm_activation` takes the error function where cuBLAS has tanh.
     torch._addmm_activation = lambda b, a, w, use_gelu: F.gelu(  # type: ignore[assignment,misc]
@@ -177,7 +194,6 @@ def infinity() -> None:
             pruning,
             images=2,
             text_tokens=5,
-            padded=min(lengths) < 5,
             graphs=False,
             decoder_dtype="float32",
         )

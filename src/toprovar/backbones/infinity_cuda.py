@@ -5,9 +5,10 @@ and four fused kernels (`toprovar.kernels.fused`):
 
 * a residual addition waits for the norm behind it, also across layers, and is done with it in one pass;
 * q and k are normalised and rotated, and k and v stored in the cache, straight from the QKV product;
+* a short text is folded into the two products around cross-attention (`FoldedText`);
 * bias and GELU are the epilogue of the first FFN product;
 * where rows are few, products leave the sum of their parts to the kernel behind them (`toprovar.kernels.linear`);
-* our kernels are set up while the one before them still runs.
+* our kernels are set up while the one before them still runs, and ask for the weights of the product behind them.
 
 All sizes are fixed when a `ScaleRun` is made, nothing is allocated that outlives a call but its outputs, and nothing is read
 back to the host, so a scale can be captured as one CUDA graph. The reference is `Step`; a test compares them.
@@ -24,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toprovar.backbones.base import Context, restore_constants
-from toprovar.backbones.infinity import Infinity, _Block, masked_attention
+from toprovar.backbones.infinity import Infinity, _Block
 from toprovar.backbones.step import Step
 from toprovar.errors import InputError
 from toprovar.kernels import entropy_attention, gather_tokens, restore_tokens, scatter_tokens, select_tokens
-from toprovar.kernels.fused import qk_norm_rope, residual_norm
+from toprovar.kernels.fused import add_parts, qk_norm_rope, residual_norm, text_attention, text_softmax
 from toprovar.kernels.linear import THIN_ROWS, thin_linear
 
-__all__ = ["FusedStep", "KeyValueCache", "ScaleRun", "TextKeys", "scale_runs"]
+__all__ = ["FoldedText", "FusedStep", "KeyValueCache", "ScaleRun", "TextKeys", "scale_runs"]
 
-_THIN_QKV_ROWS = 16
-"""Most rows of a thin QKV product: it is wide enough for cuBLAS, which is the faster one from 32 rows on."""
+FOLDED_TOKENS = 144
+"""Least tokens of a scale that reads the text through `FoldedText`; with fewer, its matrices are read for too little."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +161,18 @@ class _Stream:
     bias: Tensor | None = None  # [C]
     gamma: Tensor | None = None  # [R, C]
 
-    def normed(self, scale: Tensor, shift: Tensor, dtype: torch.dtype, *, affine: bool = False) -> Tensor:
-        """Adds the branch in place and returns the modulated norm of the sum."""
+    def normed(self, scale: Tensor, shift: Tensor, following: Tensor, *, affine: bool = False) -> Tensor:
+        """Adds the branch in place and returns the modulated norm of the sum, for the product with these weights."""
         self.x, out = residual_norm(
-            self.x, self.branch, self.gamma, scale, shift, bias=self.bias, dtype=dtype, affine=affine
+            self.x,
+            self.branch,
+            self.gamma,
+            scale,
+            shift,
+            bias=self.bias,
+            dtype=following.dtype,
+            affine=affine,
+            following=following,
         )
         self.branch = self.bias = self.gamma = None
         assert out is not None
@@ -199,6 +208,49 @@ class TextKeys:
         flat = source.to(self._weights.dtype).flatten(0, 1).expand(len(self._weights), -1, -1)
         both = torch.baddbmm(self._biases, flat, self._weights).view(-1, 2, tokens, rows, *self._shape)
         return both[:, 0], both[:, 1]
+
+
+class FoldedText:
+    """Cross-attention as two products with matrices made of the text: ``softmax(x M + b) O`` in place of q, scores, output.
+
+    M = Wq^T K^T and O = V Wo^T of every head, H T columns in place of the C that a layer's own matrices have. So it pays
+    where T is below the head's size, once a picture. The sums are those of `Infinity`, in another order.
+
+    Args:
+        backbone: its matrices in half precision.
+        rows: R.
+        tokens: T.
+    """
+
+    def __init__(self, backbone: Infinity, rows: int, tokens: int) -> None:
+        spec = backbone.spec
+        self._attentions = [block.ca for block in cast("Sequence[_Block]", backbone.blocks)]
+        self._heads, self._dim, self._width = spec.heads, spec.head_dim, spec.width
+        shape = spec.depth, rows, spec.heads * tokens, spec.width
+        self._into, self._out_of = (torch.empty(shape, dtype=backbone.dtype, device=backbone.device) for _ in range(2))
+        self._biases = torch.stack([ca.mat_q.bias.detach().float() for ca in self._attentions])
+
+    @staticmethod
+    def pays(backbone: Infinity, tokens: int, runs: Sequence[ScaleRun]) -> bool:
+        """Whether a text of so many tokens leaves products smaller than the layers' own, and some scale has use for them."""
+        return tokens < backbone.spec.head_dim and any(run.tokens >= FOLDED_TOKENS for run in runs)
+
+    def __call__(self, context: Context) -> dict[str, Tensor]:
+        """text_into, text_out_of ``[depth, R, H T, C]`` and text_scores ``[depth, R, H T]`` fp32 of `Infinity.context`."""
+        keys, values = context["cross_k"], context["cross_v"]
+        depth, tokens, rows = keys.shape[:3]
+        of_head = self._heads, tokens, self._width
+        for layer, ca in enumerate(self._attentions):
+            into = ca.mat_q.weight.view(self._heads, self._dim, self._width)
+            out_of = ca.proj.weight.view(self._width, self._heads, self._dim).permute(1, 2, 0)
+            for row in range(rows):
+                k, v = keys[layer, :, row].transpose(0, 1), values[layer, :, row].transpose(0, 1)
+                torch.bmm(k, into, out=self._into[layer, row].view(of_head))
+                torch.bmm(v, out_of, out=self._out_of[layer, row].view(of_head))
+        biases = self._biases.view(depth, 1, 1, self._heads, self._dim)
+        scores = (keys.float() * biases).sum(-1).permute(0, 2, 3, 1) * self._dim**-0.5  # [depth, R, H, T]
+        scores = (scores + context["text_bias"][:, None]).reshape(depth, rows, -1)
+        return {"text_into": self._into, "text_out_of": self._out_of, "text_scores": scores}
 
 
 def _behind_each_other(weights: Sequence[Tensor]) -> Tensor:
@@ -246,18 +298,15 @@ class FusedStep:
         context: Context,
         cache: KeyValueCache,
         span_cache: list[Tensor],
-        *,
-        padded: bool,
     ) -> Tensor:
         """One scale.
 
         Args:
             run: its sizes.
             x: ``[N, R, C]`` fp32 input, overwritten.
-            context: `Prefix.context`.
+            context: `Prefix.context`, with what `FoldedText` adds to it where that is used.
             cache: read up to ``run.past_*`` and written behind it.
             span_cache: one ``[M, R, C]`` fp32 a span; written where ``run.capture``, read where ``run.pruned``.
-            padded: some row's text is shorter than T, so cross-attention needs its bias.
 
         Returns: logits ``[N, R, V]`` fp32.
         """
@@ -271,9 +320,7 @@ class FusedStep:
                 before = stream.settle().clone() if segment.role == "d" and run.capture else None
                 wanted = run.pruned and index + 1 < len(self.segments)
                 for layer in layers:
-                    entropy = self._layer(
-                        layer, stream, run, None, context, cache, wanted and layer == layers[-1], padded
-                    )
+                    entropy = self._layer(layer, stream, run, None, context, cache, wanted and layer == layers[-1])
                 if before is not None:
                     torch.sub(stream.settle(), before, out=span_cache[span])
                 span += segment.role == "d"
@@ -283,7 +330,7 @@ class FusedStep:
             indices = select_tokens(entropy[:images], run.keep_slots)
             kept = _Stream(gather_tokens(whole, indices))
             for layer in layers:
-                self._layer(layer, kept, run, indices, context, cache, False, padded)
+                self._layer(layer, kept, run, indices, context, cache, False)
             if self.restore == "identity":
                 stream = _Stream(scatter_tokens(whole, kept.settle(), indices))
             else:
@@ -294,7 +341,7 @@ class FusedStep:
             span += 1
         scale, shift = context["head_modulation"].unbind(0)
         head = self.backbone.head_linear
-        return F.linear(stream.normed(scale, shift, head.weight.dtype), head.weight, head.bias).float()
+        return F.linear(stream.normed(scale, shift, head.weight), head.weight, head.bias).float()
 
     def _layer(
         self,
@@ -305,15 +352,14 @@ class FusedStep:
         context: Context,
         cache: KeyValueCache,
         want_entropy: bool,
-        padded: bool,
     ) -> Tensor | None:
         """One block on the rows of `stream`, all tokens or those at `indices`; entropy ``[R, n]`` where wanted."""
-        layer, spec, dtype = self.layers[index], self.backbone.spec, self.backbone.dtype
+        layer, spec = self.layers[index], self.backbone.spec
         gamma1, gamma2, scale1, scale2, shift1, shift2 = context["modulation"][index].unbind(0)
         n, rows, width = stream.x.shape
         past_k, past_v, new_k, new_v = cache.pieces(index, run, n)
 
-        product, bias = _parts(stream.normed(scale1, shift1, dtype), layer.qkv, layer.qkv_bias, most=_THIN_QKV_ROWS)
+        product, bias = _parts(stream.normed(scale1, shift1, layer.qkv), layer.qkv, layer.qkv_bias)
         q = torch.empty_like(new_k)
         qk_norm_rope(
             product.unflatten(-1, (3, spec.heads, spec.head_dim)),
@@ -325,6 +371,7 @@ class FusedStep:
             cos=run.cos,
             sin=run.sin,
             indices=indices,
+            following=layer.sa_proj.weight,
         )
         attended = entropy_attention(
             q, past_k, past_v, new_k, new_v, scale=1.0, entropy="mean" if want_entropy else "none"
@@ -332,21 +379,22 @@ class FusedStep:
         stream.branch, stream.bias = _branch(attended.out.view(n, rows, width), layer.sa_proj)
         stream.gamma = gamma1
 
-        normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, dtype, affine=True)
-        q = F.linear(normed, layer.ca_q.weight, layer.ca_q.bias).view(n, rows, spec.heads, spec.head_dim)
-        text_k, text_v = context["cross_k"][index], context["cross_v"][index]
-        if padded:
-            text = masked_attention(q, text_k, text_v, context["text_bias"])
+        if "text_into" in context and n >= FOLDED_TOKENS:
+            into, out_of = context["text_into"][index], context["text_out_of"][index]
+            normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, into, affine=True)
+            scores = torch.bmm(normed.transpose(0, 1), into.mT)  # [R, n, H T]
+            text_softmax(scores, context["text_scores"][index], spec.heads, spec.head_dim**-0.5, following=out_of)
+            stream.branch, stream.bias = torch.empty_like(normed), layer.ca_proj.bias
+            torch.bmm(scores, out_of, out=stream.branch.transpose(0, 1))
         else:
-            none = text_k[:0]
-            text = entropy_attention(q, none, none, text_k, text_v, scale=spec.head_dim**-0.5, entropy="none").out
-        stream.branch, stream.bias = _branch(text.reshape(n, rows, width), layer.ca_proj)
+            normed = stream.normed(layer.ca_norm.weight, layer.ca_norm.bias, layer.ca_q.weight, affine=True)
+            q = _whole(normed, layer.ca_q).unflatten(-1, (spec.heads, spec.head_dim))
+            text_k, text_v = context["cross_k"][index], context["cross_v"][index]
+            text = text_attention(q, text_k, text_v, context["text_bias"], following=layer.ca_proj.weight)
+            stream.branch, stream.bias = _branch(text.view(n, rows, width), layer.ca_proj)
 
-        normed = stream.normed(scale2, shift2, dtype)
-        hidden = torch._addmm_activation(
-            layer.fc1.bias, normed.view(n * rows, width), layer.fc1.weight.t(), use_gelu=True
-        )
-        stream.branch, stream.bias = _branch(hidden.view(n, rows, -1), layer.fc2)
+        hidden = _whole(stream.normed(scale2, shift2, layer.fc1.weight), layer.fc1, layer.fc2, gelu=True)
+        stream.branch, stream.bias = _branch(hidden, layer.fc2)
         stream.gamma = gamma2
         return attended.entropy
 
@@ -355,11 +403,21 @@ def _branch(x: Tensor, linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
     return _parts(x, linear.weight, linear.bias)
 
 
-def _parts(x: Tensor, weight: Tensor, bias: Tensor, most: int = THIN_ROWS) -> tuple[Tensor, Tensor | None]:
-    """The product, and the bias that it lacks: ``[n, R, N]`` and None, or parts ``[parts, n, R, N]`` and the bias.
-
-    Up to `most` rows are a thin product.
-    """
-    if x.shape[0] * x.shape[1] > most:
+def _parts(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The product, and the bias that it lacks: ``[n, R, N]`` and None, or of few rows ``[parts, n, R, N]`` and the bias."""
+    if x.shape[0] * x.shape[1] > THIN_ROWS:
         return F.linear(x, weight, bias), None
     return thin_linear(x.flatten(0, 1), weight).unflatten(1, x.shape[:2]), bias
+
+
+def _whole(x: Tensor, linear: nn.Linear, following: nn.Linear | None = None, *, gelu: bool = False) -> Tensor:
+    """The product ``[n, R, N]``, or GELU of it; `following` stands right behind it."""
+    flat, weight, bias = x.flatten(0, 1), linear.weight, linear.bias
+    if flat.shape[0] <= THIN_ROWS:
+        ahead = None if following is None else following.weight
+        y = add_parts(thin_linear(flat, weight), bias, x.dtype, gelu=gelu, following=ahead)
+    elif gelu:
+        y = torch._addmm_activation(bias, flat, weight.t(), use_gelu=True)
+    else:
+        y = F.linear(flat, weight, bias)
+    return y.unflatten(0, x.shape[:2])

@@ -17,7 +17,7 @@ from torch import Tensor
 from toprovar.backbones.bsq_vae_cuda import FusedDecoder
 from toprovar.backbones.generate import Pruning
 from toprovar.backbones.infinity import Infinity
-from toprovar.backbones.infinity_cuda import FusedStep, KeyValueCache, ScaleRun, TextKeys, scale_runs
+from toprovar.backbones.infinity_cuda import FoldedText, FusedStep, KeyValueCache, ScaleRun, TextKeys, scale_runs
 from toprovar.errors import InputError
 from toprovar.kernels.fused import draw_bits, embed_words
 
@@ -32,7 +32,6 @@ class InfinityGraphs:
         pruning: roles, kept tokens and scales run; None for the dense model.
         images: B.
         text_tokens: T of the features.
-        padded: prompts of a batch differ in length; cross-attention then needs a mask.
         negative: negative prompts are given, too.
         graphs: False runs the same kernels eagerly.
         decoder_dtype: of the VAE.
@@ -45,7 +44,6 @@ class InfinityGraphs:
         *,
         images: int = 1,
         text_tokens: int = 64,
-        padded: bool = False,
         negative: bool = False,
         graphs: bool = True,
         decoder_dtype: Literal["float16", "bfloat16", "float32"] = "bfloat16",
@@ -55,7 +53,6 @@ class InfinityGraphs:
         pruning.check(spec)
         self.backbone = backbone
         self.images = images
-        self.padded = padded or negative
         self._text_keys = TextKeys(backbone)
         self._step = FusedStep(backbone, pruning.roles, pruning.restore)
         scales = tuple(range(spec.scales)) if pruning.scales_run is None else pruning.scales_run
@@ -77,6 +74,8 @@ class InfinityGraphs:
         text = torch.zeros(images, text_tokens, spec.text_width, device=device)
         lengths = torch.full((images,), text_tokens, dtype=torch.int64, device=device)
         self._condition = [text, lengths, *([text.clone(), lengths.clone()] if negative else [])]
+        pays = FoldedText.pays(backbone, text_tokens, self.runs)
+        self._folded = FoldedText(backbone, rows, text_tokens) if pays else None
         self._context: dict[str, Tensor] = {}
         self._x: Tensor | None = None
         self.codes = backbone.initial_codes(images)
@@ -94,14 +93,14 @@ class InfinityGraphs:
 
     def _prefix(self) -> None:
         prefix = self.backbone.prefix(*self._condition, text_keys=self._text_keys)
-        self._context = prefix.context
+        self._context = prefix.context if self._folded is None else prefix.context | self._folded(prefix.context)
         self._x = prefix.x0.clone()
         self.codes = torch.zeros_like(self.codes)
 
     def _scale(self, index: int) -> None:
         run, constants, backbone = self.runs[index], self._constants[index], self.backbone
         assert self._x is not None
-        logits = self._step(run, self._x, self._context, self.cache, self._span_cache, padded=self.padded)
+        logits = self._step(run, self._x, self._context, self.cache, self._span_cache)
         sampling = backbone.sampling
         bits = draw_bits(
             logits,
@@ -153,7 +152,7 @@ class InfinityGraphs:
             follow: bits ``[B, N, bits]`` by scale that are added up and shown to the next scale in place of those drawn.
 
         Raises:
-            InputError: sizes other than those this object was made for, or lengths below T without `padded`.
+            InputError: sizes other than those this object was made for.
         """
         if len(condition) != len(self._condition) or len(seeds) != self.images:
             raise InputError(
@@ -163,8 +162,6 @@ class InfinityGraphs:
         for found, buffer in zip(condition, self._condition, strict=True):
             if found.shape != buffer.shape:
                 raise InputError(f"condition of shape {list(found.shape)}: this was made for {list(buffer.shape)}")
-        if not self.padded and int(condition[1].min()) < condition[0].shape[1]:
-            raise InputError("a prompt is shorter than the padded text; make this with padded=True")
         for found, buffer in zip(condition, self._condition, strict=True):
             buffer.copy_(found)
         self.seeds.copy_(torch.tensor([s - (1 << 64) if s >= 1 << 63 else s for s in seeds]))

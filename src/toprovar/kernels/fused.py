@@ -4,14 +4,18 @@ The matrix products and attention of a scale are bound by arithmetic; everything
 each of these kernels reads its inputs once and writes its outputs once:
 
 ``residual_norm``     x += gamma * branch, then LayerNorm and modulation of the new x for the next branch
+``add_parts``         sum of the parts of a product, its bias and GELU
 ``qk_norm_rope``      split of a QKV product: L2 norm of q and k, head multiplier, rotary embedding; v copied
+``text_attention``    attention to the text's keys, a few dozen to a few hundred, with padding masked
+``text_softmax``      softmax of every head's scores of the text
 ``group_norm_silu``   GroupNorm and SiLU of channels-last activations, with the bias of the convolution before it
 ``add_bias``          sum of two channels-last activations and the bias of the convolution that made the first
 ``interleave``        the four phases of a convolution behind a doubling of the picture, put in their places
 ``embed_words``       the next scale's input from its words, for all rows of the batch
 ``draw_bits``         guidance, noise and the draw of a scale's bits: `toprovar.profiles.noise`, number for number
 
-They compute in fp32 whatever the tensors are. The PyTorch modules in `toprovar.backbones` are their reference.
+They compute in fp32 whatever the tensors are. Those in front of a matrix product take its weights as `following` and ask for
+them ahead (`toprovar.kernels.linear`). The PyTorch modules in `toprovar.backbones` are their reference.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -22,9 +26,23 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .linear import THIN_ROWS, launch_options, overlaps
+from .linear import THIN_ROWS, ahead, launch_options, overlaps, prefetch
 
-__all__ = ["add_bias", "draw_bits", "embed_words", "group_norm_silu", "interleave", "qk_norm_rope", "residual_norm"]
+__all__ = [
+    "add_bias",
+    "add_parts",
+    "draw_bits",
+    "embed_words",
+    "group_norm_silu",
+    "interleave",
+    "qk_norm_rope",
+    "residual_norm",
+    "text_attention",
+    "text_softmax",
+]
+
+
+_LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -47,7 +65,10 @@ def _residual_norm(
     SCALE,
     SHIFT,
     NORMED,
+    FOLLOWING,
     R,
+    tokens,
+    following_bytes,
     eps,
     part_stride,
     gamma_row,
@@ -59,9 +80,17 @@ def _residual_norm(
     HAS_GAMMA: tl.constexpr,
     HAS_NORM: tl.constexpr,
     ONE_PLUS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if AHEAD:
+        prefetch(FOLLOWING, following_bytes, tl.num_programs(0))
+        if tl.program_id(0) >= tokens:
+            return
     if OVERLAP:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     row = token % R
@@ -73,7 +102,7 @@ def _residual_norm(
         if HAS_GAMMA:
             y = y * tl.load(GAMMA + row * gamma_row + c, mask=inside, other=0.0).to(tl.float32)
         x = x + y
-        if OVERLAP:
+        if OVERLAP and not EARLY:
             gdc_launch_dependents()
         tl.store(X + token * C + c, x.to(X.dtype.element_ty), mask=inside)
     if HAS_NORM:
@@ -99,6 +128,7 @@ def residual_norm(
     dtype: torch.dtype | None = None,
     affine: bool = False,
     eps: float = 1e-6,
+    following: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``x += gamma * (branch + bias)`` in place, and ``LayerNorm(x) * (1 + scale) + shift`` of the result.
 
@@ -110,6 +140,7 @@ def residual_norm(
         bias: ``[C]`` that the branch still lacks, or None.
         dtype: of the normed output; x's when None.
         affine: multiply by ``scale`` rather than ``1 + scale`` (a LayerNorm with weight and bias).
+        following: weights of the product behind.
 
     Returns:
         (x, normed ``[N, R, C]`` or None).
@@ -121,7 +152,8 @@ def residual_norm(
         return x, normed
     parts = 0 if branch is None else branch.shape[0] if branch.dim() == 4 else 1
     overlap = overlaps(x)
-    _residual_norm[(n * rows,)](
+    following_bytes, programs = ahead(n * rows, following)
+    _residual_norm[(max(n * rows, programs),)](
         x,
         x if branch is None else branch,
         x if bias is None else bias,
@@ -129,7 +161,10 @@ def residual_norm(
         x if scale is None else scale,
         x if shift is None else shift,
         x if normed is None else normed,
+        x if following is None else following,
         rows,
+        n * rows,
+        following_bytes,
         eps,
         n * rows * width,
         0 if gamma is None else gamma.stride(0),
@@ -141,9 +176,11 @@ def residual_norm(
         HAS_GAMMA=gamma is not None,
         HAS_NORM=norm,
         ONE_PLUS=not affine,
+        AHEAD=following_bytes > 0,
+        EARLY=n * rows <= THIN_ROWS,
         OVERLAP=overlap,
         # Few rows leave most of the GPU idle: more warps shorten the wait for each.
-        num_warps=4 if width <= 2048 and n * rows > THIN_ROWS else 8,
+        num_warps=4 if width <= 2048 and n * rows > 128 else 8,
         **launch_options(overlap),
     )
     return x, normed
@@ -160,7 +197,10 @@ def _qk_norm_rope(
     Q,
     K,
     V,
+    FOLLOWING,
     R,
+    tokens,
+    following_bytes,
     images,
     keep,
     part_stride,
@@ -173,9 +213,17 @@ def _qk_norm_rope(
     NORMALISE: tl.constexpr,
     ROPE: tl.constexpr,
     GATHERED: tl.constexpr,
+    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
+    if AHEAD:
+        prefetch(FOLLOWING, following_bytes, tl.num_programs(0))
+        if tl.program_id(0) >= tokens:
+            return
     if OVERLAP:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     n = token // R
@@ -205,7 +253,7 @@ def _qk_norm_rope(
             x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [HEADS, 2 * HALF])
         OUT = Q if part == 0 else K
         tl.store(OUT + token * (H * D) + at, x.to(OUT.dtype.element_ty), mask=ok)
-    if OVERLAP:
+    if OVERLAP and not EARLY:
         gdc_launch_dependents()
     v = _added(QKV, base + 2 * H * D + at, ok, BIAS, 2 * H * D + at, part_stride, PARTS, HAS_BIAS)
     tl.store(V + token * (H * D) + at, v.to(V.dtype.element_ty), mask=ok)
@@ -222,6 +270,7 @@ def qk_norm_rope(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     indices: torch.Tensor | None = None,
+    following: torch.Tensor | None = None,
 ) -> None:
     """Writes q, k, v (k and v straight into the cache) from one QKV product.
 
@@ -232,6 +281,7 @@ def qk_norm_rope(
         multiplier: ``[H]`` fp32 factor of q after the L2 norm of q and k (cosine attention); None: no norm.
         cos, sin: ``[N', 1, D / 2]`` fp32 of interleaved pairs, N' = N without indices; None: no rotation.
         indices: ``[B, N]`` int32: token n of row r stands at ``indices[r % B, n]`` of the N'; None: where it is.
+        following: weights of the product behind attention.
     """
     parts = qkv.shape[0] if qkv.dim() == 6 else 1
     n, rows, three, heads, dim = qkv.shape[-5:]
@@ -240,7 +290,8 @@ def qk_norm_rope(
     if n == 0:
         return
     overlap = overlaps(qkv)
-    _qk_norm_rope[(n * rows,)](
+    following_bytes, programs = ahead(n * rows, following)
+    _qk_norm_rope[(max(n * rows, programs),)](
         qkv,
         qkv if bias is None else bias,
         qkv if multiplier is None else multiplier,
@@ -250,7 +301,10 @@ def qk_norm_rope(
         q,
         k,
         v,
+        qkv if following is None else following,
         rows,
+        n * rows,
+        following_bytes,
         1 if indices is None else indices.shape[0],
         n,
         qkv.stride(0) if parts > 1 else 0,
@@ -263,10 +317,268 @@ def qk_norm_rope(
         NORMALISE=multiplier is not None,
         ROPE=cos is not None,
         GATHERED=indices is not None,
+        AHEAD=following_bytes > 0,
+        EARLY=n * rows <= THIN_ROWS,
         OVERLAP=overlap,
         num_warps=4,
         **launch_options(overlap),
     )
+
+
+@triton.jit
+def _add_parts(
+    P,
+    BIAS,
+    Y,
+    FOLLOWING,
+    size,
+    following_bytes,
+    N: tl.constexpr,
+    PARTS: tl.constexpr,
+    GELU: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if AHEAD:
+        prefetch(FOLLOWING, following_bytes, tl.num_programs(0))
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    y = _added(P, at, inside, BIAS, at % N, size, PARTS, True)
+    if GELU:  # y / 2 (1 + tanh(sqrt(2 / pi) (y + 0.044715 y^3)))
+        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
+
+
+def add_parts(
+    parts: torch.Tensor,
+    bias: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    gelu: bool = False,
+    following: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A product of few rows from its parts.
+
+    Args:
+        parts: ``[parts, M, N]`` fp32, of `thin_linear`.
+        bias: ``[N]``.
+        dtype: of the result.
+        gelu: the tanh form of GELU of it.
+        following: weights of the product behind.
+
+    Returns: ``[M, N]``.
+    """
+    count, rows, width = parts.shape
+    y = torch.empty((rows, width), dtype=dtype, device=parts.device)
+    overlap = overlaps(parts)
+    following_bytes, programs = ahead(rows, following)
+    block = 256
+    _add_parts[(max(triton.cdiv(y.numel(), block), programs),)](
+        parts,
+        bias,
+        y,
+        parts if following is None else following,
+        y.numel(),
+        following_bytes,
+        N=width,
+        PARTS=count,
+        GELU=gelu,
+        BLOCK=block,
+        AHEAD=following_bytes > 0,
+        OVERLAP=overlap,
+        num_warps=2,
+        **launch_options(overlap),
+    )
+    return y
+
+
+@triton.jit
+def _text_attention(
+    Q,
+    K,
+    V,
+    BIAS,
+    OUT,
+    FOLLOWING,
+    N,
+    programs,
+    following_bytes,
+    scale,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    WIDE: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if AHEAD:
+        prefetch(FOLLOWING, following_bytes, tl.num_programs(0))
+        if tl.program_id(0) >= programs:
+            return
+    row_head = tl.program_id(0) % (ROWS * HEADS)
+    n = tl.program_id(0) // (ROWS * HEADS) * QUERIES + tl.arange(0, QUERIES)
+    t = tl.arange(0, KEYS)
+    d = tl.arange(0, WIDE)
+    inside = (n < N)[:, None] & (d < D)[None, :]
+    at = n.to(tl.int64)[:, None] * (ROWS * HEADS * D) + row_head * D + d[None, :]
+    of_key = t[:, None] * (ROWS * HEADS * D) + row_head * D + d[None, :]
+    bias_row = BIAS + row_head // HEADS * T
+    # The text is there since the picture began; only q is of the kernel before.
+    there = (t < T)[:, None] & (d < D)[None, :]
+    k = tl.load(K + of_key, mask=there, other=0.0)
+    v = tl.load(V + of_key, mask=there, other=0.0)
+    bias = tl.load(bias_row + t, mask=t < T, other=float("-inf"))
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
+    q = tl.load(Q + at, mask=inside, other=0.0)
+    largest = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    out = tl.zeros([QUERIES, WIDE], tl.float32)
+    for start in range(0, T, KEYS):
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :] * 1.4426950408889634  # log2 e
+        above = tl.maximum(largest, tl.max(scores, 1))
+        weights = tl.exp2(scores - above[:, None])
+        shrink = tl.exp2(largest - above)
+        total = total * shrink + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        largest = above
+        if start + KEYS < T:
+            left = start + KEYS + t < T
+            there = left[:, None] & (d < D)[None, :]
+            next_keys = of_key + (start + KEYS) * (ROWS * HEADS * D)
+            k = tl.load(K + next_keys, mask=there, other=0.0)
+            v = tl.load(V + next_keys, mask=there, other=0.0)
+            bias = tl.load(bias_row + start + KEYS + t, mask=left, other=float("-inf"))
+    tl.store(OUT + at, (out / total[:, None]).to(OUT.dtype.element_ty), mask=inside)
+
+
+def text_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    following: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of image tokens to the text with softmax scale 1/sqrt(D), as `toprovar.backbones.infinity.masked_attention`.
+
+    Args:
+        q: ``[N, R, H, D]``, contiguous.
+        k, v: ``[T, R, H, D]``, contiguous, written by no kernel that may still run.
+        bias: ``[R, T]`` fp32, added to the scores; finite.
+        following: weights of the product behind.
+
+    Returns: ``[N, R, H, D]``.
+    """
+    n, rows, heads, dim = q.shape
+    tokens = k.shape[0]
+    out = torch.empty_like(q)
+    overlap = overlaps(q)
+    following_bytes, least = ahead(n * rows, following)
+    queries = 16 if n <= 16 else 64
+    programs = triton.cdiv(n, queries) * rows * heads
+    _text_attention[(max(programs, least),)](
+        q,
+        k,
+        v,
+        bias,
+        out,
+        q if following is None else following,
+        n,
+        programs,
+        following_bytes,
+        dim**-0.5 * _LOG2_E,
+        T=tokens,
+        HEADS=heads,
+        ROWS=rows,
+        D=dim,
+        WIDE=max(16, triton.next_power_of_2(dim)),
+        QUERIES=queries,
+        KEYS=min(64, max(16, triton.next_power_of_2(tokens))),
+        AHEAD=following_bytes > 0,
+        OVERLAP=overlap,
+        num_warps=4,
+        **launch_options(overlap),
+    )
+    return out
+
+
+@triton.jit
+def _text_softmax(
+    SCORES,
+    BIAS,
+    FOLLOWING,
+    N,
+    tokens,
+    following_bytes,
+    scale,
+    HEADS: tl.constexpr,
+    MANY: tl.constexpr,
+    T: tl.constexpr,
+    KEYS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if AHEAD:
+        prefetch(FOLLOWING, following_bytes, tl.num_programs(0))
+        if tl.program_id(0) >= tokens:
+            return
+    token = tl.program_id(0).to(tl.int64)
+    h, t = tl.arange(0, MANY), tl.arange(0, KEYS)
+    at = h[:, None] * T + t[None, :]
+    inside = (h < HEADS)[:, None] & (t < T)[None, :]
+    bias = tl.load(BIAS + token // N * (HEADS * T) + at, mask=inside, other=0.0) * 1.4426950408889634  # log2 e
+    if OVERLAP:
+        gdc_wait()
+    scores = tl.load(SCORES + token * (HEADS * T) + at, mask=inside, other=0.0).to(tl.float32) * scale + bias
+    scores = tl.where((t < T)[None, :], scores, float("-inf"))
+    weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
+    weights = weights / tl.sum(weights, 1)[:, None]
+    tl.store(SCORES + token * (HEADS * T) + at, weights.to(SCORES.dtype.element_ty), mask=inside)
+
+
+def text_softmax(
+    scores: torch.Tensor, bias: torch.Tensor, heads: int, scale: float, *, following: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Softmax of ``scale * scores + bias`` over the keys of each head, in place.
+
+    Args:
+        scores: ``[R, N, H T]`` contiguous.
+        bias: ``[R, H T]`` fp32, contiguous.
+        heads: H.
+        following: weights of the product behind.
+
+    Returns: `scores`.
+    """
+    rows, n, width = scores.shape
+    overlap = overlaps(scores)
+    following_bytes, least = ahead(rows * n, following)
+    _text_softmax[(max(rows * n, least),)](
+        scores,
+        bias,
+        scores if following is None else following,
+        n,
+        rows * n,
+        following_bytes,
+        scale * _LOG2_E,
+        HEADS=heads,
+        MANY=triton.next_power_of_2(heads),
+        T=width // heads,
+        KEYS=triton.next_power_of_2(width // heads),
+        AHEAD=following_bytes > 0,
+        OVERLAP=overlap,
+        num_warps=4,
+        **launch_options(overlap),
+    )
+    return scores
 
 
 @triton.jit

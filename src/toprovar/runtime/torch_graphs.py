@@ -55,7 +55,7 @@ class GraphLoop:
         self._backbone = backbone
         self._batch = batch
         self._graphs = graphs
-        self._engines: dict[str, tuple[tuple[int, bool], InfinityGraphs]] = {}
+        self._engines: dict[str, tuple[int, InfinityGraphs]] = {}
 
     def run(
         self,
@@ -77,7 +77,7 @@ class GraphLoop:
         lengths = torch.from_numpy(condition[Names.TEXT_LENGTHS]).to(torch.int64)
         features = torch.from_numpy(condition[Names.TEXT_FEATURES])
         tokens = min(features.shape[1], -(-int(lengths.max()) // _TEXT_STEP) * _TEXT_STEP)
-        engine = self._engine(prompt_class, tokens, padded=int(lengths.min()) < tokens)
+        engine = self._engine(prompt_class, tokens)
         engine.load(
             (features[:, :tokens], lengths),
             seeds,
@@ -110,11 +110,10 @@ class GraphLoop:
             ),
         )
 
-    def _engine(self, prompt_class: str, tokens: int, *, padded: bool) -> InfinityGraphs:
+    def _engine(self, prompt_class: str, tokens: int) -> InfinityGraphs:
         """The graphs of a prompt class; those of another text length make room first."""
-        key = tokens, padded
         found = self._engines.get(prompt_class)
-        if found is not None and found[0] == key:
+        if found is not None and found[0] == tokens:
             return found[1]
         self._engines.pop(prompt_class, None)
         engine = InfinityGraphs(
@@ -122,11 +121,10 @@ class GraphLoop:
             bundle_pruning(self._bundle, prompt_class, self._backbone.spec.scales),
             images=self._batch,
             text_tokens=tokens,
-            padded=padded,
             graphs=self._graphs,
             decoder_dtype=self._bundle.manifest.precision,
         )
-        self._engines[prompt_class] = key, engine
+        self._engines[prompt_class] = tokens, engine
         return engine
 
 
