@@ -196,7 +196,8 @@ def test_half_precision_stays_near_fp32(dtype: torch.dtype) -> None:
     exact = Step(model).run(x, context, None, None, None, None, past, [])
     assert model.set_precision(dtype).dtype == dtype
     assert model.blocks[0].attn.scale_mul_1H11.dtype == torch.float32
-    rounded = Step(model).run(x, context, None, None, None, None, [t.to(dtype) for t in past], [])
+    rounded = Step(model).run(x, context, None, None, None, None, [t.to(dtype) for t in past], [], keep_hidden=True)
+    assert (len(exact.hidden), len(rounded.hidden)) == (0, 5)  # kept only where asked for
     assert rounded.logits.dtype == rounded.hidden[-1].dtype == torch.float32
     assert {t.dtype for t in rounded.new_kv} == {dtype}
     error = (rounded.logits - exact.logits).abs().max() / exact.logits.abs().max()

@@ -178,6 +178,7 @@ def generate(
             cache.past(),
             span_cache,
             entropy=entropy,
+            keep_hidden="hidden" in record,
         )
         if scale == pruning.cache_scale and pruning.restore == "cache":
             span_cache = output.span_deltas
@@ -217,6 +218,7 @@ def generate(
         for name in ("logits", "hidden", "kept", "span_deltas"):
             if name in record:
                 getattr(trace, name).append(getattr(output, name))
+        del output  # its keys and values are in the cache, and the next scale needs the memory
         if after_scale is not None:
             after_scale(scale, trace)
         if following is not None:

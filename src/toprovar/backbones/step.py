@@ -36,7 +36,8 @@ class StepOutput(NamedTuple):
 
     n is N in a global layer and K in a detail layer. logits `[N, R, V]` fp32; new_kv `k0, v0, k1, v1, ...`, each
     `[n, R, H, D]`; span_deltas, one `[K, R, C]` fp32 a span (none with `restore="identity"`); entropy, per layer
-    `[R, n]` or `[R, H, n]` or None; kept, one `[B, K]` int32 a span; hidden, the output of each layer `[n, R, C]` fp32.
+    `[R, n]` or `[R, H, n]` or None; kept, one `[B, K]` int32 a span; hidden, the output of each layer `[n, R, C]` fp32, if
+    asked for.
     """
 
     logits: Tensor
@@ -123,8 +124,13 @@ class Step(nn.Module):
         span_cache: list[Tensor],
         *,
         entropy: EntropyMode = "none",
+        keep_hidden: bool = False,
     ) -> StepOutput:
-        """`forward` with everything seen on the way; `entropy` asks every layer for it, not only those that select."""
+        """`forward` with everything seen on the way; `entropy` asks every layer for it, not only those that select.
+
+        `keep_hidden` fills `StepOutput.hidden`: the outputs of all layers at once, 8 GiB at the last scale of Infinity-2B
+        with four images.
+        """
         new_kv: list[Tensor] = []
         span_deltas: list[Tensor] = []
         entropies: list[Tensor | None] = []
@@ -140,7 +146,8 @@ class Step(nn.Module):
                 h = output.x
                 new_kv.extend((output.new_k, output.new_v))
                 entropies.append(output.entropy)
-                hidden.append(h)
+                if keep_hidden:
+                    hidden.append(h)
             return h
 
         images = x.shape[1] // self.backbone.branches
