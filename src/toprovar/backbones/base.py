@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,15 @@ class BlockOutput(NamedTuple):
     entropy: Tensor | None
 
 
+class Tokenizer(Protocol):
+    """What a backbone needs of its VAE."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """`codes [B, latent_channels, h, w]` -> RGB `[B, 3, height, width]` fp32 in [-1, 1]."""
+
+
 class Backbone(nn.Module, ABC):
-    """A next-scale model. Subclasses set `spec`, `sampling` and `blocks`.
+    """A next-scale model. Subclasses set `spec`, `sampling`, `blocks` and `vae`.
 
     `blocks[layer](x [n, R, C] fp32, layer context, past_k, past_v [P, R, H, D], rope=None | [n, 1 or R, F],
     entropy="none" | "mean" | "head") -> BlockOutput`: one transformer layer, its attention through
@@ -144,6 +151,7 @@ class Backbone(nn.Module, ABC):
     spec: Spec
     sampling: Sampling
     blocks: nn.ModuleList
+    vae: Tokenizer
     head: Callable[[Tensor, Context], Tensor]
     """`x [N, R, C]`, context -> logits `[N, R, V]` fp32. A method or a module."""
 
@@ -192,9 +200,13 @@ class Backbone(nn.Module, ABC):
     def next_input(self, codes: Tensor, constants: Constants) -> Tensor:
         """The input of the next scale, `[N', R, C]` fp32, from the accumulated codes."""
 
-    @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """`codes [B, latent_channels, h, w]` -> RGB `[B, 3, height, width]` fp32 in [0, 1]."""
+        """`codes [B, latent_channels, h, w]` -> RGB `[B, 3, height, width]` fp32 in [0, 1].
+
+        Without TF32, which in fp32 costs a pixel 1e-3.
+        """
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return (self.vae.decode(codes) + 1) * 0.5
 
     def advance(
         self, logits: Tensor, noise: Tensor | None, codes: Tensor, constants: Constants

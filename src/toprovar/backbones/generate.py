@@ -226,6 +226,5 @@ def generate(
     if not trace.codes:
         trace.codes.append(codes)
     if decode:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 in fp32 costs a pixel 1e-3
-            trace.image = backbone.decode(codes)
+        trace.image = backbone.decode(codes)
     return trace

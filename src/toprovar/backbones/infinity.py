@@ -336,6 +336,7 @@ class Infinity(Backbone):
     """
 
     spec: InfinitySpec
+    vae: BsqVae
 
     def __init__(self, spec: InfinitySpec, vae: BsqVae, sampling: Sampling | None = None) -> None:
         super().__init__()
@@ -576,9 +577,6 @@ class Infinity(Backbone):
         patch = self.spec.patch
         words = [self._words(m, (m.shape[2] // patch, m.shape[3] // patch)) for m in maps]
         return torch.cat(words).transpose(0, 1)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return (self.vae.decode(codes) + 1) * 0.5
 
     # -- training -----------------------------------------------------------------------------------------------
 

@@ -223,6 +223,7 @@ class VAR(Backbone):
     """The transformer, under the parameter names of its file, and its VQVAE as `vae` (another file)."""
 
     spec: VARSpec
+    vae: VQVAE
     lvl_1L: Tensor
 
     def __init__(self, spec: VARSpec, vae: VQVAE, sampling: Sampling = PAPER_SAMPLING):
@@ -343,9 +344,6 @@ class VAR(Backbone):
         vectors = self.next_map(codes, constants).flatten(2).permute(2, 0, 1)  # [N', B, channels]
         x = _linear(vectors, self.word_embed).float() + constants["next_position"]
         return torch.cat((x, x), dim=1) if self.sampling.guided else x
-
-    def decode(self, codes: Tensor) -> Tensor:
-        return (self.vae.decode(codes) + 1) * 0.5
 
     # ------------------------------------------------------------------------------ training
 

@@ -194,8 +194,7 @@ class Torch:
         return {Names.TOKENS: tokens, Names.CODES_OUT: codes, Names.NEXT_X: next_x}
 
     def _decoder(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        with self._torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as `toprovar.backbones.generate`
-            return {Names.IMAGE: self.backbone.decode(inputs[Names.CODES])}
+        return {Names.IMAGE: self.backbone.decode(inputs[Names.CODES])}
 
 
 class _Graph:
