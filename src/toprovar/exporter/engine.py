@@ -25,8 +25,17 @@ import onnx.inliner
 from ..errors import InputError, TargetError
 from ..kernels.contract import CONTRACT_VERSION
 from ..profiles.files import sha256_file, sha256_json, write_bytes
-from ..profiles.manifest import Condition, GraphInfo, ModelInfo, ScaleStep, Schedule, TargetInfo, TensorInfo
-from .engine_stages import cut_graph, stage_name
+from ..profiles.manifest import (
+    Condition,
+    GraphInfo,
+    ModelInfo,
+    ScaleStep,
+    Schedule,
+    TargetInfo,
+    TensorInfo,
+    stage_name,
+)
+from .engine_stages import cut_graph
 
 __all__ = [
     "BUILDERS",

@@ -17,14 +17,9 @@ from onnx import TensorProto, helper
 from ..errors import InputError
 from ..profiles.manifest import GraphInfo, TensorInfo
 
-__all__ = ["cut_graph", "stage_name"]
+__all__ = ["cut_graph"]
 
 _BLOCK_END = re.compile(r"blocks\.\d+\.x_out")
-
-
-def stage_name(graph: str, stage: int) -> str:
-    """What a stage is called among the engines of a target: ``step``, ``step.1``, ``step.2``, ..."""
-    return graph if stage == 0 else f"{graph}.{stage}"
 
 
 def cut_graph(path: Path, stages: int, folder: Path) -> list[tuple[Path, GraphInfo]]:

@@ -68,6 +68,7 @@ __all__ = [
     "TensorInfo",
     "TextEncoderInfo",
     "sha256_checkpoint",
+    "stage_name",
 ]
 
 SCHEMA = "toprovar.bundle/1"
@@ -139,8 +140,7 @@ class GraphInfo(_Model):
 class TargetInfo(_Model):
     """What a target runs. `onnxruntime` runs the graphs themselves and lists no engines."""
 
-    # A graph's name -> its engine; of a graph that was cut, step, step.1, ... run one behind the other.
-    engines: dict[str, BundlePath] = Field(default_factory=dict)
+    engines: dict[str, BundlePath] = Field(default_factory=dict)  # by `stage_name`
     version: str | None = None  # of the builder
     gpu: str | None = None
     driver: str | None = None
@@ -258,6 +258,12 @@ class Schedule(_Model):
         if sum(step.capture_span_delta for step in self.steps) > 1:
             raise ValueError("more than one step captures span deltas")
         return self
+
+
+def stage_name(graph: str, stage: int) -> str:
+    """What an engine is called in `TargetInfo`: its graph, and of a graph that was cut ``step``, ``step.1``, ``step.2``, ...,
+    which run one behind the other."""
+    return graph if stage == 0 else f"{graph}.{stage}"
 
 
 def sha256_checkpoint(*parts: Sequence[Path]) -> str:

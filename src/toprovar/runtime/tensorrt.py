@@ -18,6 +18,7 @@ import numpy as np
 from toprovar.errors import BundleError, TargetError
 from toprovar.plugins.device import describe_gpu
 from toprovar.plugins.library import load_library
+from toprovar.profiles.manifest import stage_name
 from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
@@ -139,12 +140,11 @@ class TensorRt:
                 )
 
     def _load(self, bundle: Bundle, graph: str) -> dict[str, Any]:
-        """The engines of a graph in the order in which they run: ``step``, and where it was cut ``step.1``, ..."""
+        """The engines of a graph in the order in which they run."""
         if graph not in self.info.engines:
             raise TargetError(f"{bundle.root}: has no TensorRT engine of {graph}; build the engines again")
         engines: dict[str, Any] = {}
-        name = graph
-        while name in self.info.engines:
+        while (name := stage_name(graph, len(engines))) in self.info.engines:
             path = bundle.path(self.info.engines[name])
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 engines[name] = self._runtime.deserialize_cuda_engine(content)
@@ -152,7 +152,6 @@ class TensorRt:
                 raise TargetError(
                     f"{path}: TensorRT refuses the engine, its messages above say why; build the engines again"
                 )
-            name = f"{graph}.{len(engines)}"
         return engines
 
     def _context(self, name: str, engine: Any) -> Any:
