@@ -9,7 +9,9 @@
 #   TOPROVAR_RUN      the C++ runtime (build/src/toprovar/runtime/cpp/toprovar_run), with LD_LIBRARY_PATH if need be
 #   WORK              bundles, engines and cases; kept and used again (OUT/work)
 #   BUILD_OPTIONS     of `python -m toprovar.exporter.engine_tensorrt`, such as --optimization-level 1 ()
-#   STAGES            of Infinity's step, built side by side (8)
+#   INFINITY_OPTIONS  besides, for Infinity alone, such as --shared-tokens 576 ()
+#   STAGES            of Infinity's step, built side by side (4)
+#   MPS               1: builds share the GPU through CUDA's Multi-Process Service, started and ended here (0)
 #   DEPTHS            of Infinity-2B's 32 layers, what is built (32)
 #   SCALES            of Infinity that trtexec runs, too (0 6 12)
 set -u
@@ -61,7 +63,9 @@ if [[ $parts == *" plugins "* ]]; then
     step sanitizer $sanitizer $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$work/few.json" --few
 fi
 
-# Bundles are made and engines are built beside each other, and measured one by one.
+# Bundles are made and engines are built beside each other, and measured one by one. Without MPS the GPU turns from one
+# process to the next every few milliseconds, and each of thousands of short timings waits for its turn.
+[ "${MPS:-0}" = 1 ] && nvidia-cuda-mps-control -d
 demo=() infinity=()
 [[ $parts == *" demo "* ]] && demo=(dense fast)
 if [[ $parts == *" infinity "* ]]; then
@@ -78,10 +82,11 @@ for one in "${infinity[@]}"; do
     {
         bundle=$work/infinity_$one.bundle
         [ -d "$bundle" ] || LIMIT=400 step "make_infinity_$one" $torch benchmarks/tensorrt_bundle.py infinity "$bundle" --plan "${one%_*}" --depth "${one#*_}"
-        engines "infinity_$one" --stages "${STAGES:-8}" --jobs $((${STAGES:-8} + 3))
+        engines "infinity_$one" ${INFINITY_OPTIONS:-} --stages "${STAGES:-4}" --jobs $((${STAGES:-4} + 3))
     } &
 done
 wait
+[ "${MPS:-0}" = 1 ] && echo quit | nvidia-cuda-mps-control
 
 for profile in "${demo[@]}"; do
     bundle=$work/demo_$profile.bundle

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -18,6 +19,8 @@ from toprovar.exporter.engine import (
     EngineOptions,
     ShapeProfile,
     build_engines,
+    fix_sizes,
+    fixed_sizes,
     open_builder,
     shape_profiles,
     share_profiles,
@@ -235,6 +238,39 @@ def test_engines_are_built_side_by_side_in_processes(bundle, tmp_path):
     assert str(os.getpid()) not in {process for _, process in built}
     with pytest.raises(TargetError, match=r"ended without a word.*fewer --jobs"):
         build_engines(ProcessBuilder(), tmp_path, *rest, EngineOptions(batch=2), **side_by_side)
+
+
+class FailingBuilder(ProcessBuilder):
+    """Cannot build ``prefix``, and takes its time for the others."""
+
+    def build(self, graph, profiles, options):
+        if graph.name == "prefix.onnx":
+            raise TargetError("prefix.onnx cannot be built")
+        time.sleep(120)
+
+
+def test_an_error_ends_the_builds_beside_it(bundle, tmp_path):
+    _, *rest = arguments(bundle)
+    for name in ("prefix", "step", "advance", "decoder"):
+        (tmp_path / f"{name}.onnx").write_bytes(bundle.path(f"{name}.onnx").read_bytes())
+    start = time.monotonic()
+    with pytest.raises(TargetError, match=r"^prefix\.onnx cannot be built"):
+        build_engines(FailingBuilder(), tmp_path, *rest, jobs=4, make_builder=FailingBuilder)
+    assert time.monotonic() - start < 60
+
+
+def test_sizes_that_never_change_are_stated(bundle):
+    model = onnx.load(bundle.path("step.onnx"))
+    manifest = bundle.manifest
+    graph = {str(name): one for name, one in manifest.graphs.items()}["step"]
+    _, _, schedules, constants, shape, condition = arguments(bundle)
+    profiles = shape_profiles(graph, "step", schedules, constants, shape, condition, batch=3)
+    sizes = fixed_sizes(model, profiles)
+    assert sizes["R"] == 3 * shape.rows_per_image and "N" not in sizes
+    fix_sizes(model, sizes)
+    dims = {value.name: value.type.tensor_type.shape.dim for value in model.graph.input}
+    assert dims["x"][1].dim_value == sizes["R"] and dims["x"][0].dim_param == "N"
+    assert fixed_sizes(model, profiles[:1]).keys() >= {"N"}  # of one scale everything is known
 
 
 # --- builders

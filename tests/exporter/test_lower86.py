@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from toprovar.exporter.lower86 import OPERATORS, OPSET, LoweringError, lower
+from toprovar.exporter.lower86 import OPERATORS, OPSET, LoweringError, lower, main
 from toprovar.kernels import contract
 
 
@@ -136,6 +136,44 @@ def test_split_and_resize_lose_the_attributes_of_newer_opsets():
     scales = array("s", [1, 1, 2, 2], np.float32)
     proto = model(node, inputs=[value("x", [1, 2, 6, 5])], outputs=[value("y", None)], initializers=[scales])
     same(proto, {"x": X[None]})
+
+
+def test_a_product_with_one_matrix_has_two_axes():
+    weight = array("w", np.random.default_rng(1).normal(size=(5, 4)), np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+
+    def product(shape):
+        return model(node, inputs=[value("x", shape)], outputs=[value("y", None)], initializers=[weight])
+
+    lowered = same(product(["a", 6, 5]), {"x": X}, tolerance=1e-6)
+    assert [one.op_type for one in lowered.graph.node] == ["Reshape", "MatMul", "Reshape"]
+    same(product([2, 6, 5]), {"x": X}, tolerance=1e-6)
+    for shape in (["a", 5], ["a", "b", 5]):  # has two axes; two sizes that are not known
+        assert [one.op_type for one in lower(product(shape)).graph.node] == ["MatMul"]
+
+
+def test_weights_in_a_file_of_their_own_are_not_looked_for(tmp_path, monkeypatch):
+    weight = array("w", np.zeros((5, 4)), np.float32)
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    proto = model(node, inputs=[value("x", ["a", 6, 5])], outputs=[value("y", None)], initializers=[weight])
+    onnx.save(proto, tmp_path / "graph.onnx", save_as_external_data=True, location="graph.data", size_threshold=0)
+    monkeypatch.chdir("/")
+    lowered = lower(onnx.load(tmp_path / "graph.onnx", load_external_data=False))
+    assert [entry.value for entry in lowered.graph.initializer[0].external_data if entry.key == "location"] == [
+        "graph.data"
+    ]
+    assert [one.name for one in lowered.graph.input] == ["x"]
+
+
+def test_sizes_are_stated_on_the_command_line(tmp_path, capsys):
+    path, out = tmp_path / "graph.onnx", tmp_path / "lowered.onnx"
+    node = helper.make_node("Relu", ["x"], ["y"])
+    onnx.save(model(node, inputs=[value("x", ["N", "R"])], outputs=[value("y", ["N", "R"])]), path)
+    assert main([str(path), str(out), "--size", "R=2"]) == 0
+    dims = [(dim.dim_param, dim.dim_value) for dim in onnx.load(out).graph.output[0].type.tensor_type.shape.dim]
+    assert dims == [("N", 0), ("", 2)]
+    assert main([str(path), str(out), "--size", "R"]) == 2
+    assert capsys.readouterr().err == "error: --size R: give a name and a size, like R=2\n"
 
 
 def test_a_graph_of_opset_17_is_left_as_it_is():

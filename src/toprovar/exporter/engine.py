@@ -52,6 +52,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_REVISION = 2
+"""Of what is done to a graph before it is built, the lowering to 8.6 with it; part of the cache key."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -313,9 +316,10 @@ class _Task:
 
 
 def _build_side_by_side(tasks: Sequence[_Task], jobs: int, make_builder: Callable[[], Builder]) -> Iterator[_Task]:
-    """Build in processes of their own, the longest first; gives each task when it is done."""
+    """Build in processes of their own, the longest first; gives each task when it is done. The first error ends them all."""
     longest_first = sorted(tasks, key=lambda task: len(task.profiles) * task.graph.stat().st_size, reverse=True)
     processes = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+    others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(jobs, processes, _start_process, (make_builder,)) as pool:
         running = {pool.submit(_build_in_process, task): task for task in longest_first}
         try:
@@ -327,7 +331,10 @@ def _build_side_by_side(tasks: Sequence[_Task], jobs: int, make_builder: Callabl
                 "a process that built an engine ended without a word, as when memory runs out; build with fewer --jobs"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            pool.shutdown(wait=False, cancel_futures=True)
+            if any(not future.done() for future in running):  # minutes may be left of what nobody waits for
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
 
 
 _builder: Builder
@@ -362,6 +369,7 @@ def _cache_key(
             "version": builder.version,
             "identity": dict(getattr(builder, "identity", {})),
             "contract": CONTRACT_VERSION,
+            "revision": _REVISION,
         }
     )
 
@@ -403,7 +411,7 @@ class TensorRtRtxBuilder:
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, messages)
         with tempfile.TemporaryDirectory() as scratch:
-            inlined = _inlined(graph, Path(scratch))
+            inlined = _inlined(graph, profiles, Path(scratch))
             parsed = parser.parse(inlined.read_bytes(), str(graph))
         if not parsed:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
@@ -467,29 +475,48 @@ def set_options(trt: Any, config: Any, options: EngineOptions) -> None:
 
 
 def add_profiles(builder: Any, network: Any, config: Any, profiles: Sequence[ShapeProfile], what: str) -> None:
-    """One optimisation profile for each of `profiles`; inputs of fixed shape have none.
+    """One optimisation profile for each of `profiles`; inputs of fixed shape have none, nor a network of nothing else.
 
     Raises:
         TargetError: the builder refuses the shapes; the message begins with `what`.
     """
-    for shapes in profiles:
+    inputs = [network.get_input(i) for i in range(network.num_inputs)]
+    dynamic = [tensor.name for tensor in inputs if -1 in tuple(tensor.shape)]
+    for shapes in profiles if dynamic else ():
         profile = builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            tensor = network.get_input(i)
-            if -1 in tuple(tensor.shape):
-                name = tensor.name
-                profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
+        for name in dynamic:
+            profile.set_shape(name, shapes.least[name], shapes.best[name], shapes.greatest[name])
         if config.add_optimization_profile(profile) < 0:
             raise TargetError(f"{what} refuses the shapes {dict(shapes.best)}")
+
+
+def fixed_sizes(model: onnx.ModelProto, profiles: Sequence[ShapeProfile]) -> dict[str, int]:
+    """Named sizes of a graph's inputs, such as rows and text, that are the same in every profile."""
+    sizes: dict[str, set[int]] = {}
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_param:
+                found = {shapes[value.name][axis] for one in profiles for shapes in (one.least, one.best, one.greatest)}
+                sizes.setdefault(dim.dim_param, set()).update(found)
+    return {name: min(found) for name, found in sizes.items() if len(found) == 1}
+
+
+def fix_sizes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:
+    """State sizes wherever their names stand: what is known needs no kernel for dynamic shapes."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
 
 
 def _first(messages: Sequence[str]) -> str:
     return " ".join(messages[0].split())[:500] if messages else "the builder gave no reason"
 
 
-def _inlined(graph: Path, scratch: Path) -> Path:
+def _inlined(graph: Path, profiles: Sequence[ShapeProfile], scratch: Path) -> Path:
     """A copy without functions, every node with a name of its own; external weights stay where they are."""
     model = onnx.load(str(graph), load_external_data=False)
+    fix_sizes(model, fixed_sizes(model, profiles))
     inlined = scratch / graph.name
     onnx.save(onnx.inliner.inline_local_functions(model), str(inlined))
     return inlined

@@ -43,6 +43,8 @@ from .engine import (
     _messages,
     add_profiles,
     build_engines,
+    fix_sizes,
+    fixed_sizes,
     set_options,
     shape_profiles,
     share_profiles,
@@ -114,7 +116,7 @@ class TensorRtBuilder:
         builder, messages = self._start()
         network = builder.create_network(self._network_flags())
         parser = trt.OnnxParser(network, messages)
-        with _readable(graph, self._major) as path:
+        with _readable(graph, profiles, self._major) as path:
             parsed = parser.parse_from_file(str(path))
         if not parsed:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
@@ -195,17 +197,17 @@ def _default_timing_cache(version: str, gpu: Gpu) -> Path:
 
 
 @contextmanager
-def _readable(graph: Path, major: int) -> Iterator[Path]:
-    """The file that the parser is given: the graph itself, or for 8.6 a lowered copy beside links to its weights."""
-    if major != 8:
-        yield graph
-        return
+def _readable(graph: Path, profiles: Sequence[ShapeProfile], major: int) -> Iterator[Path]:
+    """A copy for the parser, with the sizes stated that never change and lowered for 8.6, beside links to its weights."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / graph.name
-        lowered = lower(onnx.load(str(graph), load_external_data=False))
-        onnx.save(lowered, str(copy))
+        model = onnx.load(str(graph), load_external_data=False)
+        fix_sizes(model, fixed_sizes(model, profiles))
+        if major == 8:
+            model = lower(model)
+        onnx.save(model, str(copy))
         for file in {
-            entry.value for t in lowered.graph.initializer for entry in t.external_data if entry.key == "location"
+            entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"
         }:
             (Path(folder) / file).symlink_to((graph.parent / file).resolve())
         yield copy
@@ -279,7 +281,8 @@ def emit_trtexec(
     """The trtexec commands that build the same engine.
 
     One command; for 8.6, whose trtexec has no option for profiles, one per profile, to engines numbered like them. Its
-    graph must have been lowered (`python -m toprovar.exporter.lower86` writes it).
+    graph must have been lowered (`python -m toprovar.exporter.lower86` writes it). Sizes that are the same in every
+    profile, which we state in the graph, are dynamic for trtexec of 10 and 11, with one size as all three limits.
     """
     major = int(version.split(".")[0])
     base = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={plugins}"]
@@ -482,7 +485,9 @@ def trtexec_commands(folder: Path, options: EngineOptions, version: str | None =
         path = folder / graph.file
         if version.startswith("8."):
             lowered = path.with_suffix(".opset17.onnx")
-            lines.append(shlex.join(["python", "-m", "toprovar.exporter.lower86", str(path), str(lowered)]))
+            sizes = fixed_sizes(onnx.load(str(path), load_external_data=False), profiles)
+            words = [f"--size={name}={size}" for name, size in sizes.items()]
+            lines.append(shlex.join(["python", "-m", "toprovar.exporter.lower86", str(path), str(lowered), *words]))
             path = lowered
         lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine")
     return lines

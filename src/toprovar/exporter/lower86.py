@@ -11,6 +11,7 @@ of operators that this parser knows.
     CastLike  -> Cast to the type of its model    CumSum    -> MatMul; the parser makes a loop of it
     Concat    of constants -> a constant          InstanceNormalization -> its formula; the parser makes a plugin of
     functions -> dropped: ours become plugins         it that needs cuDNN
+    MatMul    of a weight and three or more axes -> of two axes; the parser repeats the weight along the others
 
 Precondition: opset 17 to 20 of the default domain, no control flow, no bfloat16, every other node is one of our plugins.
 Postcondition: opset 17, no function, only operators of the parser's list, and ONNX's checker agrees.
@@ -32,6 +33,7 @@ from onnx import helper, numpy_helper
 from ..errors import TargetError
 from ..kernels import contract
 from ..plugins.contract_header import PLUGINS
+from .engine import fix_sizes
 
 __all__ = ["LoweringError", "OPERATORS", "OPSET", "lower"]
 
@@ -281,6 +283,23 @@ def _resize(state: _Lowering, node: onnx.NodeProto) -> None:
     state.nodes.append(node)
 
 
+def _matmul(state: _Lowering, node: onnx.NodeProto) -> None:
+    """Rows are put together where the weight is one matrix and one axis at most is not known, so that -1 can stand for it."""
+    x, weight = node.input
+    shape, matrix = state.shapes.get(x), state.constants.get(weight)
+    leading = list(shape.dim)[:-1] if shape is not None else []
+    sizes = [dim.dim_value or -1 for dim in leading]
+    if matrix is None or len(matrix.dims) != 2 or len(leading) < 2 or sizes.count(-1) > 1:
+        state.nodes.append(node)
+        return
+    stem, (depth, width) = node.output[0], matrix.dims
+    flat = state.constant(f"{stem}.flat", [-1, depth], np.int64)
+    rows = state.add("Reshape", [x, flat], f"{stem}.rows")
+    product = state.add("MatMul", [rows, weight], f"{stem}.product")
+    whole = state.constant(f"{stem}.shape", [*sizes, width], np.int64)
+    state.add("Reshape", [product, whole], stem, output=stem)
+
+
 def _pad(state: _Lowering, node: onnx.NodeProto) -> None:
     if len(node.input) > 3:
         raise LoweringError(f"lowering to TensorRT 8.6: {_label(node)}: has axes, which opset {OPSET} does not know")
@@ -305,6 +324,7 @@ _RULES: dict[str, Callable[[_Lowering, onnx.NodeProto], None]] = {
     "CumSum": _cumsum,
     "Gelu": _gelu,
     "InstanceNormalization": _instance_normalization,
+    "MatMul": _matmul,
     "Pad": _pad,
     "Resize": _resize,
     "Shape": _shape,
@@ -377,10 +397,29 @@ def _check_postcondition(model: onnx.ModelProto) -> None:
                 f"lowering to TensorRT 8.6: {_label(node)}: its parser knows no {node.op_type}; use a newer TensorRT"
             )
     try:
-        onnx.checker.check_model(model)
+        onnx.checker.check_model(_without_files(model))
     except onnx.checker.ValidationError as error:
         reason = " ".join(str(error).split())[:300]
         raise LoweringError(f"lowering to TensorRT 8.6: left a graph that is not valid: {reason}") from error
+
+
+def _without_files(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy in which weights in files of their own are inputs: the checker looks for those files in the working folder."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    apart = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    names = {tensor.name for tensor in apart}
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in names)
+    copy.graph.input.extend(helper.make_tensor_value_info(one.name, one.data_type, list(one.dims)) for one in apart)
+    return copy
+
+
+def _size(words: str) -> tuple[str, int]:
+    name, _, size = words.partition("=")
+    if not name or not size.isdecimal():
+        raise LoweringError(f"--size {words}: give a name and a size, like R=2")
+    return name, int(size)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -390,9 +429,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("graph", type=Path)
     parser.add_argument("out", type=Path, help="in the same folder where the graph has weights in a file of their own")
+    parser.add_argument("--size", metavar="NAME=SIZE", action="append", default=[], help="state a size, such as R=2")
     given = parser.parse_args(arguments)
     try:
-        onnx.save(lower(onnx.load(str(given.graph), load_external_data=False)), str(given.out))
+        model = onnx.load(str(given.graph), load_external_data=False)
+        fix_sizes(model, dict(_size(words) for words in given.size))
+        onnx.save(lower(model), str(given.out))
     except LoweringError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -289,6 +289,10 @@ class _Engine:
 
 
 def _profile_shape(engine: Any, name: str, profile: int) -> tuple[tuple[int, ...], ...]:
+    """Least, best and greatest; a tensor of fixed shape is in no profile."""
+    fixed = tuple(engine.get_tensor_shape(name))
+    if -1 not in fixed:
+        return fixed, fixed, fixed
     return tuple(tuple(shape) for shape in engine.get_tensor_profile_shape(name, profile))
 
 

@@ -372,8 +372,7 @@ private:
                 }
                 DType const type = dtypeOfTensor(stage.engine->getTensorDataType(name.c_str()), name);
                 for (int32_t profile = 0; profile < stage.engine->getNbOptimizationProfiles(); ++profile) {
-                    nv::Dims const most =
-                        stage.engine->getProfileShape(name.c_str(), profile, nv::OptProfileSelector::kMAX);
+                    nv::Dims const most = limitOf(*stage.engine, name, profile, nv::OptProfileSelector::kMAX);
                     auto const count = static_cast<size_t>(volume(Shape(most.d, most.d + most.nbDims)));
                     sizes[name] = std::max({sizes[name], size_t{1}, count * sizeOf(type)});
                 }
@@ -483,6 +482,14 @@ private:
         }
     }
 
+    // A tensor of fixed shape is in no profile.
+    static nv::Dims limitOf(nv::ICudaEngine const& engine, std::string const& name, int32_t profile,
+                            nv::OptProfileSelector which) {
+        nv::Dims const shape = engine.getTensorShape(name.c_str());
+        return std::count(shape.d, shape.d + shape.nbDims, -1) == 0 ? shape
+                                                                    : engine.getProfileShape(name.c_str(), profile, which);
+    }
+
     // The profile that was made for these shapes: the one whose optimum they are, else the first that takes them.
     static int32_t chooseProfile(Stage const& stage, std::vector<std::string> const& inputs, Buffers const& buffers) {
         nv::ICudaEngine const& engine = *stage.engine;
@@ -492,12 +499,9 @@ private:
             bool exact = true;
             for (std::string const& name : inputs) {
                 Shape const& shape = buffers.at(name).shape;
-                auto const limit = [&](nv::OptProfileSelector which) {
-                    return engine.getProfileShape(name.c_str(), profile, which);
-                };
-                nv::Dims const least = limit(nv::OptProfileSelector::kMIN);
-                nv::Dims const best = limit(nv::OptProfileSelector::kOPT);
-                nv::Dims const most = limit(nv::OptProfileSelector::kMAX);
+                nv::Dims const least = limitOf(engine, name, profile, nv::OptProfileSelector::kMIN);
+                nv::Dims const best = limitOf(engine, name, profile, nv::OptProfileSelector::kOPT);
+                nv::Dims const most = limitOf(engine, name, profile, nv::OptProfileSelector::kMAX);
                 for (size_t i = 0; i < shape.size(); ++i) {
                     fits = fits && static_cast<int32_t>(shape.size()) == most.nbDims && least.d[i] <= shape[i] &&
                            shape[i] <= most.d[i];
