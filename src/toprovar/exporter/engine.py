@@ -13,7 +13,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -316,12 +316,14 @@ class _Task:
 
 
 def _build_side_by_side(tasks: Sequence[_Task], jobs: int, make_builder: Callable[[], Builder]) -> Iterator[_Task]:
-    """Build in processes of their own, the longest first; gives each task when it is done. The first error ends them all."""
+    """Build each in a process of its own, the longest first; gives each task when it is done. The first error ends all.
+
+    A builder holds gigabytes, which its process gives back when it ends; starting one again takes seconds.
+    """
     longest_first = sorted(tasks, key=lambda task: len(task.profiles) * task.graph.stat().st_size, reverse=True)
-    processes = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
     others = set(multiprocessing.active_children())
-    with ProcessPoolExecutor(jobs, processes, _start_process, (make_builder,)) as pool:
-        running = {pool.submit(_build_in_process, task): task for task in longest_first}
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(_build_apart, task, make_builder): task for task in longest_first}
         try:
             for done in as_completed(running):
                 done.result()
@@ -332,22 +334,20 @@ def _build_side_by_side(tasks: Sequence[_Task], jobs: int, make_builder: Callabl
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            if any(not future.done() for future in running):  # minutes may be left of what nobody waits for
+            while not all(future.done() for future in running):  # minutes of work that nobody waits for
                 for process in set(multiprocessing.active_children()) - others:
                     process.terminate()
+                time.sleep(0.1)
 
 
-_builder: Builder
-"""Of a process that builds; starting one takes seconds, so all its engines share it."""
+def _build_apart(task: _Task, make_builder: Callable[[], Builder]) -> None:
+    processes = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+    with ProcessPoolExecutor(1, processes) as alone:
+        alone.submit(_build_in_process, task, make_builder).result()
 
 
-def _start_process(make_builder: Callable[[], Builder]) -> None:
-    global _builder
-    _builder = make_builder()
-
-
-def _build_in_process(task: _Task) -> None:
-    task.build(_builder)
+def _build_in_process(task: _Task, make_builder: Callable[[], Builder]) -> None:
+    task.build(make_builder())
 
 
 def _weights_sha256(graph: Path) -> str | None:
