@@ -96,12 +96,22 @@ def test_there_is_one_profile_for_every_scale_of_every_class_and_none_twice(bund
 
 def test_small_scales_can_share_a_profile():
     """It takes every one of them, and is tuned for the largest."""
-    profiles = [ShapeProfile.fixed({"x": (n, 2), "past": (past,)}) for n, past in ((1, 0), (4, 1), (16, 5))]
+    profiles = [ShapeProfile.fixed({"x": (n, 2), "past": (past,)}, n) for n, past in ((1, 0), (4, 1), (16, 5))]
     least, most = {"x": (1, 2), "past": (0,)}, {"x": (4, 2), "past": (1,)}
     assert share_profiles(profiles, 4) == [ShapeProfile(least, most, most), profiles[2]]
     assert share_profiles(profiles, 1) == share_profiles(profiles, 0) == profiles
-    other = [ShapeProfile.fixed({"codes": (1, 16)})]
+    other = [ShapeProfile.fixed({"codes": (1, 16)}), ShapeProfile.fixed({"codes": (1, 4)})]
     assert share_profiles(other, 4096) == other
+
+
+def test_every_stage_of_a_step_shares_alike(bundle, tmp_path):
+    """The input of a later stage has another name than that of the whole step."""
+    _, graphs, schedules, constants, model, condition = arguments(bundle)
+    for _, info in cut_graph(bundle.path("step.onnx"), 3, tmp_path):
+        profiles = shape_profiles(info, "step", schedules, constants, model, condition)
+        assert len(profiles) - len(share_profiles(profiles, 9)) == 2, "1, 4 and 9 tokens in one"
+    advance = shape_profiles(graphs["advance"], "advance", schedules, constants, model, condition)
+    assert share_profiles(advance, 36) == advance
 
 
 def test_shapes_follow_the_batch(bundle):

@@ -7,7 +7,6 @@ knows no plugins, so it is given the function bodies.
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import tempfile
@@ -65,11 +64,13 @@ class ShapeProfile:
     least: Shapes
     best: Shapes
     greatest: Shapes
+    tokens: int | None = None
+    """Of the scale, where the profile may be shared with others."""
 
     @classmethod
-    def fixed(cls, shapes: Shapes) -> ShapeProfile:
+    def fixed(cls, shapes: Shapes, tokens: int | None = None) -> ShapeProfile:
         """One shape for every input."""
-        return cls(shapes, shapes, shapes)
+        return cls(shapes, shapes, shapes, tokens)
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def shape_profiles(
             if {"area_rows", "area_cols"} <= set(step.constants):
                 rows, cols = (constants[step.constants[key]] for key in ("area_rows", "area_cols"))
                 known["M"] = rows[1] * cols[1]
-        profile = ShapeProfile.fixed({info.name: _shape(info, step, constants, known) for info in graph.inputs})
+        shapes = {info.name: _shape(info, step, constants, known) for info in graph.inputs}
+        profile = ShapeProfile.fixed(shapes, step.tokens if step is not None and name == "step" else None)
         if profile not in profiles:
             profiles.append(profile)
     return profiles
@@ -183,14 +185,13 @@ def shape_profiles(
 def share_profiles(profiles: Sequence[ShapeProfile], tokens: int) -> list[ShapeProfile]:
     """One profile in place of those of the scales that have at most this many tokens; a runtime takes what fits.
 
-    Only those of ``step``, by the first axis of ``x``: an engine of ``advance`` that TensorRT 8.6.0 built for a range of
+    Only those of ``step``: an engine of ``advance`` that TensorRT 8.6.0 built for a range of
     grids gave a wrong ``next_x`` for grids of 2 x 2 and 3 x 3 (seen on an H200; it builds fast, so it keeps its profiles).
     """
     small: list[ShapeProfile] = []
     large: list[ShapeProfile] = []
     for profile in profiles:
-        shape = profile.best.get("x")
-        (small if shape and shape[0] <= tokens else large).append(profile)
+        (small if profile.tokens is not None and profile.tokens <= tokens else large).append(profile)
     if len(small) < 2:
         return list(profiles)
 
@@ -363,7 +364,7 @@ def _cache_key(
         {
             "graph": sha256_file(graph),
             "weights": weights,
-            "profiles": json.loads(json.dumps([asdict(profile) for profile in profiles])),
+            "profiles": [[dict(one.least), dict(one.best), dict(one.greatest)] for one in profiles],
             "options": asdict(options),
             "target": builder.target,
             "version": builder.version,
