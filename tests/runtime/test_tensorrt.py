@@ -46,7 +46,8 @@ class Context:
         return stream_handle != 0
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        fixed = self.engine.get_tensor_shape(name)
+        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile) if -1 in fixed else [fixed] * 3
         self.shapes[name] = tuple(shape)
         return all(a <= n <= b for a, n, b in zip(least, shape, most, strict=True))
 
@@ -80,7 +81,13 @@ class Engine:
     def get_tensor_dtype(self, name: str) -> str:
         return self._dtypes.get(name, {**self._inputs, **self._outputs}[name].dtype)
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """As the builder leaves it: -1 where sizes differ between profiles."""
+        found = {getattr(one, key)[name] for one in self._profiles for key in ("least", "greatest")}
+        return tuple(sizes[0] if len(set(sizes)) == 1 else -1 for sizes in zip(*found, strict=True))
+
     def get_tensor_profile_shape(self, name: str, profile_index: int):
+        assert -1 in self.get_tensor_shape(name), f"{name} has a fixed shape and is in no profile"
         return [getattr(self._profiles[profile_index], key)[name] for key in ("least", "best", "greatest")]
 
     def expected_shape(self, name: str, context: Context) -> tuple[int, ...]:
@@ -236,7 +243,7 @@ def test_stages_of_a_graph_run_behind_each_other_and_share_memory_between_scales
     assert [names[i + 1] for i, name in enumerate(names) if name == "step"] == ["step.1"] * names.count("step")
     turn = loop.turns("object")[-1].step
     assert [stage.engine for stage in turn.stages] == ["step", "step.1"]
-    assert turn.stages[1].shapes["between"] == (turn.stages[0].shapes["x"][0], 2, tiny.WIDTH)
+    assert turn.stages[1].inputs["between"].shape == (turn.stages[0].inputs["x"].shape[0], 2, tiny.WIDTH)
     between = {addresses["between"] for name, _, addresses, _ in mock.log if name in ("step", "step.1")}
     assert len(between) == 1, "all scales, and both stages"
     largest = max(step.tokens for one in open_bundle(mock.root).manifest.schedules.values() for step in one.steps)

@@ -10,20 +10,28 @@ import pytest
 from toprovar.errors import InputError, TargetError
 from toprovar.runtime import trtexec
 from toprovar.runtime.session import Session
-from toprovar.runtime.tensorrt import EngineShapes
+from toprovar.runtime.target import Buffer
+from toprovar.runtime.tensorrt import EngineInputs
 
 from .test_tensorrt import mock  # noqa: F401  (a fixture: TensorRT as a mock)
 
-RUN = EngineShapes("step", 2, {"x": (4, 2, 8), "keep_slots": (3,), "scalar": ()})
+SHAPES = {"x": (4, 2, 8), "keep_slots": (3,), "scalar": ()}
+RUN = EngineInputs("step", 2, {name: Buffer(0, 4096, "float32", shape) for name, shape in SHAPES.items()})
 
 PROGRAM = """#!/usr/bin/env python3
-import json, sys
+import json, os, sys
 given = dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
 if "--help" in sys.argv:
     print({help!r})
 elif "--exportTimes" in given and {works!r}:
     sizes = dict(one.split(":") for one in given["--shapes"].split(","))
     scale = int(sizes.get("x", sizes.get("between")).split("x")[0])
+    for one in given["--loadInputs"].split(","):
+        name, path = one.split(":")
+        size = 1
+        for axis in sizes.get(name, "1").split("x"):
+            size *= int(axis)
+        assert os.path.getsize(path) in (2 * size, 4 * size), one
     json.dump([{{"computeMs": scale + i / 10}} for i in range(3)], open(given["--exportTimes"], "w"))
 else:
     print("[11/27/2026-00:00:00] [E] Error[3]: it has no such profile")
@@ -48,6 +56,9 @@ def test_both_majors_are_asked_for_the_same(version, told):
         "--shapes=x:4x2x8,keep_slots:3",
     ]
     assert "--useProfile=2" in words and "--exportTimes=t.json" in words
+    values = {"x": Path("0.bin"), "keep_slots": Path("1.bin")}
+    loaded = trtexec.command(Path("trtexec"), version, Path("step.engine"), Path("p.so"), RUN, Path("t.json"), values)
+    assert set(loaded) - set(words) == {"--loadInputs=x:0.bin,keep_slots:1.bin"}
     # 11 captures a CUDA graph, copies nothing and spins by itself, and warns of being told so.
     assert all((word in words) is told for word in ("--useCudaGraph", "--noDataTransfers", "--useSpinWait"))
 

@@ -23,7 +23,7 @@ from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
 
-__all__ = ["EngineRun", "EngineShapes", "TensorRt", "open"]
+__all__ = ["EngineRun", "EngineInputs", "TensorRt", "open"]
 
 NAME = "tensorrt"
 
@@ -43,21 +43,20 @@ def open(bundle: Bundle, *, device: int = 0, cuda_graphs: bool = True) -> Tensor
 
 
 @dataclass(frozen=True)
-class EngineShapes:
+class EngineInputs:
     """One engine at the shapes of one scale."""
 
     engine: str
     """Among those of the manifest."""
     profile: int
-    shapes: Mapping[str, tuple[int, ...]]
-    """Of the inputs."""
+    inputs: Mapping[str, Buffer]
 
 
 @dataclass(frozen=True)
 class EngineRun:
     """One graph at the shapes of one scale, bound to its buffers; calling it queues it."""
 
-    stages: tuple[EngineShapes, ...]
+    stages: tuple[EngineInputs, ...]
     """The engines that run, one behind the other; most graphs have one."""
     _launch: Run
     _alive: Any = field(repr=False)
@@ -109,6 +108,12 @@ class TensorRt:
     def read(self, buffer: Buffer) -> Array:
         """Buffer to host, as a copy."""
         host = np.empty(buffer.shape, buffer.dtype)
+        self._cuda.read(host.ctypes.data, buffer.memory + buffer.offset_bytes, buffer.size_bytes)
+        return host
+
+    def read_bytes(self, buffer: Buffer) -> Array:
+        """As `read`, whatever the type: its bytes."""
+        host = np.empty(buffer.size_bytes, np.uint8)
         self._cuda.read(host.ctypes.data, buffer.memory + buffer.offset_bytes, buffer.size_bytes)
         return host
 
@@ -213,7 +218,7 @@ class _Engine:
                 launch = cuda.end_capture()
         return EngineRun(tuple(stages), launch, contexts)
 
-    def _bind_stage(self, name: str, engine: Any, buffers: dict[str, Buffer]) -> tuple[EngineShapes, Any]:
+    def _bind_stage(self, name: str, engine: Any, buffers: dict[str, Buffer]) -> tuple[EngineInputs, Any]:
         """One engine on its buffers; what it leaves to later ones is entered into `buffers`."""
         target = self._target
         context = target._context(name, engine)
@@ -243,7 +248,7 @@ class _Engine:
                 )
             if not context.set_tensor_address(tensor, buffer.memory + buffer.offset_bytes):
                 raise TargetError(f"target tensorrt: engine {name} refuses the address of {tensor}")
-        return EngineShapes(name, profile, {tensor: buffers[tensor].shape for tensor in inputs}), context
+        return EngineInputs(name, profile, {tensor: buffers[tensor] for tensor in inputs}), context
 
     def _tensors(self, engine: Any) -> tuple[list[str], list[str]]:
         """Names of inputs and of outputs."""

@@ -1,7 +1,7 @@
 """The engines of a bundle in trtexec and in our runtime, at the same shapes: do we lose anything, and where.
 
-trtexec is asked for what our runtime does: one CUDA graph, no copies between host and device, a busy wait, and time to warm
-up. TensorRT 11 does so by default, 10 and 8.6 have to be told. Each scale is measured three ways:
+trtexec is asked for what our runtime does: the same values, one CUDA graph, no copies between host and device, a busy wait,
+and time to warm up. TensorRT 11 does so by default, 10 and 8.6 have to be told. Each scale is measured three ways:
 
     loop      as `bench` does, one run at a time by the host's clock: launch, run and wait
     runs      runs of the same CUDA graph queued behind each other: what the GPU spends
@@ -28,7 +28,7 @@ import numpy as np
 from toprovar.errors import InputError, TargetError
 from toprovar.runtime.loop import Loop
 from toprovar.runtime.session import Session
-from toprovar.runtime.tensorrt import NAME, EngineRun, EngineShapes, TensorRt
+from toprovar.runtime.tensorrt import NAME, EngineInputs, EngineRun, TensorRt
 
 __all__ = ["ENVIRONMENT_VARIABLE", "command", "find_trtexec", "markdown", "measure"]
 
@@ -57,11 +57,26 @@ def find_trtexec() -> Path:
     )
 
 
-def command(trtexec: Path, version: str, engine: Path, plugins: Path, run: EngineShapes, times: Path) -> list[str]:
-    """The command line that measures an engine; `times` is where trtexec writes every time."""
+def command(
+    trtexec: Path,
+    version: str,
+    engine: Path,
+    plugins: Path,
+    run: EngineInputs,
+    times: Path,
+    values: Mapping[str, Path] | None = None,
+) -> list[str]:
+    """The command line that measures an engine.
+
+    Args:
+        times: where trtexec writes every time.
+        values: files of raw input values, by input; the others get random numbers.
+    """
     major = int(version.split(".")[0])
-    shapes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in run.shapes.items() if shape)
+    shapes = ",".join(f"{name}:{'x'.join(map(str, one.shape))}" for name, one in run.inputs.items() if one.shape)
     words = [str(trtexec), f"--loadEngine={engine}", f"--dynamicPlugins={plugins}", f"--shapes={shapes}"]
+    if values:
+        words.append("--loadInputs=" + ",".join(f"{name}:{path}" for name, path in values.items()))
     if run.profile:
         words.append(f"--useProfile={run.profile}")
     if major < 11:
@@ -140,13 +155,21 @@ def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
 
 
 def _theirs(program: Path, session: Session, target: TensorRt, run: EngineRun) -> dict[str, Any]:
-    """Medians; of several stages, which trtexec runs one at a time, their sum."""
+    """Medians; of several stages, which trtexec runs one at a time, their sum.
+
+    It is given the values of our inputs: how long attention takes depends on them, and so does the GPU's clock.
+    """
     medians, fewest = [], 0
     for stage in run.stages:
         with tempfile.TemporaryDirectory() as folder:
             times = Path(folder) / "times.json"
             engine = session.bundle.path(target.info.engines[stage.engine])
-            words = command(program, str(target.info.version), engine, target.plugins, stage, times)
+            values = {}
+            for i, (name, buffer) in enumerate(stage.inputs.items()):
+                if buffer.size_bytes:
+                    values[name] = Path(folder) / f"{i}.bin"
+                    target.read_bytes(buffer).tofile(values[name])
+            words = command(program, str(target.info.version), engine, target.plugins, stage, times, values)
             said = _output(words)
             try:
                 measured = [float(one["computeMs"]) for one in json.loads(times.read_text())]
@@ -172,7 +195,8 @@ def markdown(measured: Mapping[str, Any]) -> list[str]:
         f"## {measured['bundle']}: our runtime and trtexec, TensorRT {measured['version']}",
         "",
         "Milliseconds of one step. loop: one at a time by the host's clock; runs: queued behind each other; trtexec: median "
-        "GPU compute time of the same engine, shapes and profile, with CUDA graphs and no copies (of stages: their sum).",
+        "GPU compute time of the same engine, shapes, profile and input values, with CUDA graphs and no copies (of stages: "
+        "their sum).",
         "",
         "| class | scale | loop | runs | trtexec | runs to trtexec | why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
