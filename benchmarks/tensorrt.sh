@@ -95,7 +95,7 @@ for profile in "${demo[@]}"; do
     [ -n "${TOPROVAR_TRTEXEC:-}" ] && program=(--trtexec)
     TAIL=40 step "bench_py_demo_$profile" $trt -m toprovar bench "$bundle" --target tensorrt "${program[@]}" -o "$out/bench_py_demo_$profile.json"
     step "pictures_trt_$profile" $trt benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/trt_$profile.npz" --count 4
-    step "pictures_ort_$profile" $torch benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/ort_$profile.npz" --target onnxruntime --count 4
+    step "pictures_ort_$profile" $torch benchmarks/tensorrt_bundle.py pictures "$bundle" "$work/ort_$profile.npz" --target onnxruntime --count 4 --follow "$work/trt_$profile.npz"
     label=$($torch -c "import sys, numpy; print(numpy.load(sys.argv[1])['labels'][0])" "$work/trt_$profile.npz")
     step "picture_cpp_$profile" $run "$bundle" --label "$label" --seed 0 -o "$work/cpp_$profile.png"
     step "compare_$profile" $torch benchmarks/tensorrt_bundle.py compare "$work/trt_$profile.npz" "$work/ort_$profile.npz" "$work/cpp_$profile.png"

@@ -70,7 +70,7 @@ def markdown(document: dict[str, Any]) -> str:
         lines += ["## Golden traces", ""]
         lines += [f"- `{name}`: {line}" for name, found in document["verified"].items() for line in found] + [""]
     if document["compared"]:
-        lines += ["## Pictures made freely, against ONNX Runtime", ""]
+        lines += ["## Pictures, and what ONNX Runtime makes of the same tokens", ""]
         lines += [f"- `{name}`: {line}" for name, found in document["compared"].items() for line in found] + [""]
     if document["bundles"]:
         lines += latency_lines(document) + scale_lines(document)
