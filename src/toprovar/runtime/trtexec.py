@@ -134,7 +134,8 @@ def measure(
             row |= _theirs(program, session, target, run)
         rows.append(row)
     on_run(len(todo), len(todo))
-    return {"bundle": session.bundle.manifest.name, "version": target.info.version, "scales": rows}
+    name, version = session.bundle.manifest.name, target.info.version
+    return {"bundle": name, "version": version, "values": "ours", "scales": rows}
 
 
 def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
@@ -190,13 +191,14 @@ def _output(words: Sequence[str]) -> str:
 
 
 def markdown(measured: Mapping[str, Any]) -> list[str]:
-    """The table of what `measure` returned."""
+    """The table of what `measure` returned (documents without ``values`` are of before trtexec was given ours)."""
+    values = "and input values" if measured.get("values") == "ours" else "(random input values)"
     lines = [
         f"## {measured['bundle']}: our runtime and trtexec, TensorRT {measured['version']}",
         "",
         "Milliseconds of one step. loop: one at a time by the host's clock; runs: queued behind each other; trtexec: median "
-        "GPU compute time of the same engine, shapes, profile and input values, with CUDA graphs and no copies (of stages: "
-        "their sum).",
+        f"GPU compute time of the same engine, shapes, profile {values}, with CUDA graphs and no copies (of stages: their "
+        "sum).",
         "",
         "| class | scale | loop | runs | trtexec | runs to trtexec | why |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
