@@ -42,7 +42,7 @@ def make_infinity(
         latent_grid=(height, width),
         image_size=(2 * height, 2 * width),
         attention_scale=1.0,
-        rope_width=16 + bool(level_starts),
+        rope_width=32 + bool(level_starts),
         bits=bits,
         patch=patch,
         text_width=TEXT_WIDTH,

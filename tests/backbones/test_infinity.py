@@ -18,7 +18,7 @@ from tests.parity import main
 from toprovar.backbones.base import Sampling
 from toprovar.backbones.bsq_vae import bilinear
 from toprovar.backbones.generate import Pruning, Trace, generate
-from toprovar.backbones.infinity import Infinity, masked_attention, rope_table, text_bias
+from toprovar.backbones.infinity import Infinity, _rotate, masked_attention, rope_table, text_bias
 from toprovar.errors import InputError
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "infinity-tall"
@@ -304,12 +304,23 @@ def test_every_parameter_of_the_transformer_gets_a_gradient() -> None:
 def test_rope_turns_pairs_by_row_and_column() -> None:
     grid, rope_grid, head_dim = (3, 2), (78, 52), 16
     table = rope_table(grid, rope_grid, head_dim)
-    assert table.shape == (6, 1, 16)
+    assert table.shape == (6, 1, 32)
     for token in range(6):
         row, col = round(token // 2 * 26.0), round(token % 2 * 26.0)
         frequencies = [10000.0 ** (-2 * j / 8) for j in range(4)]
         angles = np.array([row * f for f in frequencies] + [col * f for f in frequencies])
-        np.testing.assert_allclose(table[token, 0].numpy(), [*np.cos(angles), *np.sin(angles)], rtol=0, atol=1e-5)
+        cosines, sines = table[token, 0].numpy().reshape(2, 8, 2).transpose(0, 2, 1)
+        np.testing.assert_allclose(cosines, [np.cos(angles)] * 2, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(sines, [-np.sin(angles), np.sin(angles)], rtol=0, atol=1e-5)
+
+
+def test_pairs_are_rotated(model: Infinity) -> None:
+    torch.manual_seed(0)
+    x, table = torch.randn(6, 2, 3, 16), rope_table((3, 2), (78, 52), 16)
+    turned = _rotate(x, table[..., None, :16], table[..., None, 16:])
+    angle = torch.complex(table[..., None, 0:16:2], table[..., None, 17::2])
+    expected = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * angle).flatten(-2)
+    torch.testing.assert_close(turned, expected, rtol=0, atol=1e-6)
 
 
 def test_kept_tokens_keep_their_positions(model: Infinity) -> None:
@@ -336,7 +347,7 @@ def test_a_pruning_that_keeps_everything_is_the_dense_model(model: Infinity) -> 
 
 def test_level_embeddings_of_later_chunks() -> None:
     model, plain = make_infinity(level_starts=(2,)), make_infinity()
-    assert model.spec.rope_width == 17
+    assert model.spec.rope_width == 33
     torch.manual_seed(0)
     x, past = torch.randn(6, 4, 48), torch.zeros(0, 4, 3, 16)
     context = model.prefix(*make_text((3, 5))).context

@@ -149,7 +149,7 @@ def tiny_infinity() -> Infinity:
         latent_grid=(5, 5),
         image_size=(10, 10),
         attention_scale=1.0,
-        rope_width=16,
+        rope_width=32,
         bits=8,
         text_width=32,
         text_maximum_tokens=8,

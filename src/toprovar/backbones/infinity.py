@@ -100,10 +100,11 @@ class InfinitySpec(Spec):
 
 
 def rope_table(grid: Grid, rope_grid: Grid, head_dim: int) -> Tensor:
-    """Cosines and sines of a scale's positions, `[h*w, 1, D]` fp32: D/2 cosines, then D/2 sines.
+    """Cosines and sines of a scale's positions, `[h*w, 1, 2 D]` fp32: D cosines, then D sines, as `_rotate` takes them.
 
-    The first half of the pairs turns with the row, the other with the column; pair i is dims (2i, 2i+1) of a head.
-    Frequencies are 10000^(-2j/(D/2)), j < D/4; positions are `rope_indices`, stretched to `rope_grid`.
+    The first half of the pairs turns with the row, the other with the column. Pair i is dims (2i, 2i+1) of a head: both have
+    its cosine, the first its sine with the other sign. Frequencies are 10000^(-2j/(D/2)), j < D/4; positions are
+    `rope_indices`, stretched to `rope_grid`.
     """
     half = head_dim // 2
     frequency = 1.0 / (10000.0 ** (torch.arange(0, half, 2).float() / half))
@@ -115,7 +116,8 @@ def rope_table(grid: Grid, rope_grid: Grid, head_dim: int) -> Tensor:
     angles = torch.cat(
         [rows[:, None].expand(height, width, -1), cols[None, :].expand(height, width, -1)], dim=-1
     ).reshape(height * width, 1, half)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+    sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
+    return torch.cat([angles.cos().repeat_interleave(2, dim=-1), sines], dim=-1)
 
 
 def text_bias(lengths: Tensor, tokens: int) -> Tensor:
@@ -148,9 +150,12 @@ def _linear(x: Tensor, layer: nn.Linear, bias: Tensor | None = None) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs: x [n,R,H,D], cos and sin [n, 1 or R, 1, D/2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+    """Rotates interleaved pairs: x [n,R,H,D], cos and sin [n, 1 or R, 1, D] of `rope_table`.
+
+    A gather and products: taking pairs apart and together again is a dozen small kernels in an engine of TensorRT 8.6.
+    """
+    other = torch.arange(x.shape[-1], device=x.device).unflatten(0, (-1, 2)).flip(1).flatten()
+    return x * cos + x.index_select(-1, other) * sin
 
 
 class _SelfAttention(nn.Module):
@@ -172,11 +177,11 @@ class _SelfAttention(nn.Module):
         return self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp().reshape(-1)
 
     def qkv(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [n,R,C], rope [n, 1 or R, >= D] -> q, k, v [n,R,H,D] in the dtype of the matrix."""
+        """x [n,R,C], rope [n, 1 or R, >= 2 D] -> q, k, v [n,R,H,D] in the dtype of the matrix."""
         product = _linear(x, self.mat_qkv, torch.cat([self.q_bias, self.zero_k_bias, self.v_bias]))
         q, k, v = product.unflatten(-1, (3, self.heads, -1)).unbind(2)
-        half = q.shape[-1] // 2
-        cos, sin = rope[..., None, :half], rope[..., None, half : 2 * half]
+        width = q.shape[-1]
+        cos, sin = rope[..., None, :width], rope[..., None, width : 2 * width]
         q = _rotate(F.normalize(q.float(), dim=-1, eps=1e-12) * self.multiplier()[:, None], cos, sin)
         k = _rotate(F.normalize(k.float(), dim=-1, eps=1e-12), cos, sin)
         return q.to(v.dtype), k.to(v.dtype), v.contiguous()
@@ -685,7 +690,7 @@ class InfinitySizes:
             latent_grid=(height, width),
             image_size=(height * vae.spec.stride, width * vae.spec.stride),
             attention_scale=1.0,
-            rope_width=head_dim + (1 if starts else 0),
+            rope_width=2 * head_dim + (1 if starts else 0),
             bits=self.bits,
             patch=patch,
             text_width=self.text_width,

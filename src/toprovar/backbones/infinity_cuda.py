@@ -79,7 +79,7 @@ def scale_runs(
     runs = []
     past_global = past_detail = 0
     for scale in scales:
-        half = spec.head_dim // 2
+        width = spec.head_dim
         rope = backbone.rope(scale).to(device)
         tokens, kept = spec.tokens[scale], keep[scale]
         area: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -93,8 +93,8 @@ def scale_runs(
                 kept,
                 past_global,
                 past_detail,
-                rope[..., :half].contiguous(),
-                rope[..., half : 2 * half].contiguous(),
+                rope[..., 0:width:2].contiguous(),  # the kernel takes one of each pair
+                rope[..., width + 1 : 2 * width : 2].contiguous(),
                 torch.zeros(kept, dtype=torch.int32, device=device),
                 *area,
                 capture=scale == cache_scale,

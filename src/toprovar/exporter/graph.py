@@ -51,6 +51,9 @@ IR_VERSION = 10
 
 _CHECKED = "toprovar.checked"
 
+_FOLDED = 1 << 16
+"""Elements of the largest weight that is computed with while exporting; matrices stay as they are in the checkpoint."""
+
 # Sizes while tracing. Those of different dimensions differ, and none is 0 or 1, which torch.export takes for constants.
 _SIZES = {"N": 6, "K": 3, "P": 7, "P_global": 7, "P_detail": 5, "M": 4, "h": 2, "w": 3, "hc": 8, "wc": 9}
 
@@ -296,6 +299,11 @@ class GraphExporter:
         edits.strip_traces(model)
         edits.drop_unused(model)
         edits.transpose_weights(model)
+        # What small weights alone decide, such as biases put together: TensorRT would compute it in every run.
+        onnxscript.optimizer.fold_constants(
+            model, onnx_shape_inference=False, input_size_limit=_FOLDED, output_size_limit=_FOLDED
+        )
+        edits.drop_unused(model, inputs=False)
         edits.attach_functions(model, function_protos(), contract.DOMAIN)
         model.graph.name = name
         model.ir_version = IR_VERSION
