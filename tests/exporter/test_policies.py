@@ -12,6 +12,7 @@ from tests.backbones.conftest import make_var
 from tests.backbones.infinity_models import make_infinity, make_text
 from toprovar.backbones.base import Prefix, restore_constants
 from toprovar.backbones.generate import Pruning, generate
+from toprovar.backbones.infinity import rotations
 from toprovar.backbones.step import Step
 from toprovar.errors import InputError
 from toprovar.exporter.calibrate import calibrate, model_shape
@@ -213,8 +214,7 @@ def test_fastvar_equals_its_original_code():
     start = 0
     for scale, (h, w) in enumerate(grids):
         state.scale = scale
-        turn = angles[start : start + h * w, None]
-        rope = torch.cat([turn.cos(), turn.sin()], dim=-1)
+        rope = rotations(angles[start : start + h * w, None])
         found = policy.layers_of(state, data[f"x{scale}"].transpose(0, 1).contiguous(), rope)
         torch.testing.assert_close(found.transpose(0, 1), data[f"y{scale}"], rtol=2e-5, atol=2e-5)
         start += h * w

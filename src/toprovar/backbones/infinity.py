@@ -54,6 +54,7 @@ __all__ = [
     "InfinitySpec",
     "load_infinity",
     "rope_table",
+    "rotations",
     "text_bias",
 ]
 
@@ -100,11 +101,10 @@ class InfinitySpec(Spec):
 
 
 def rope_table(grid: Grid, rope_grid: Grid, head_dim: int) -> Tensor:
-    """Cosines and sines of a scale's positions, `[h*w, 1, 2 D]` fp32: D cosines, then D sines, as `_rotate` takes them.
+    """`rotations` of a scale's positions, `[h*w, 1, 2 D]`.
 
-    The first half of the pairs turns with the row, the other with the column. Pair i is dims (2i, 2i+1) of a head: both have
-    its cosine, the first its sine with the other sign. Frequencies are 10000^(-2j/(D/2)), j < D/4; positions are
-    `rope_indices`, stretched to `rope_grid`.
+    The first half of the pairs turns with the row, the other with the column. Frequencies are 10000^(-2j/(D/2)), j < D/4;
+    positions are `rope_indices`, stretched to `rope_grid`.
     """
     half = head_dim // 2
     frequency = 1.0 / (10000.0 ** (torch.arange(0, half, 2).float() / half))
@@ -116,6 +116,14 @@ def rope_table(grid: Grid, rope_grid: Grid, head_dim: int) -> Tensor:
     angles = torch.cat(
         [rows[:, None].expand(height, width, -1), cols[None, :].expand(height, width, -1)], dim=-1
     ).reshape(height * width, 1, half)
+    return rotations(angles)
+
+
+def rotations(angles: Tensor) -> Tensor:
+    """Angles of the pairs of a head, `[..., D/2]` -> D cosines, then D sines, as `_rotate` takes them: `[..., 2 D]` fp32.
+
+    Pair i is dims (2i, 2i+1): both have its cosine, the first its sine with the other sign.
+    """
     sines = torch.stack([-angles.sin(), angles.sin()], dim=-1).flatten(-2)
     return torch.cat([angles.cos().repeat_interleave(2, dim=-1), sines], dim=-1)
 
@@ -150,7 +158,7 @@ def _linear(x: Tensor, layer: nn.Linear, bias: Tensor | None = None) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates interleaved pairs: x [n,R,H,D], cos and sin [n, 1 or R, 1, D] of `rope_table`.
+    """Rotates interleaved pairs: x [n,R,H,D], cos and sin [n, 1 or R, 1, D] of `rotations`.
 
     A gather and products: taking pairs apart and together again is a dozen small kernels in an engine of TensorRT 8.6.
     """

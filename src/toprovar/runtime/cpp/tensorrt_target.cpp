@@ -486,8 +486,9 @@ private:
     static nv::Dims limitOf(nv::ICudaEngine const& engine, std::string const& name, int32_t profile,
                             nv::OptProfileSelector which) {
         nv::Dims const shape = engine.getTensorShape(name.c_str());
-        return std::count(shape.d, shape.d + shape.nbDims, -1) == 0 ? shape
-                                                                    : engine.getProfileShape(name.c_str(), profile, which);
+        return std::count(shape.d, shape.d + shape.nbDims, -1) == 0
+                   ? shape
+                   : engine.getProfileShape(name.c_str(), profile, which);
     }
 
     // The profile that was made for these shapes: the one whose optimum they are, else the first that takes them.
