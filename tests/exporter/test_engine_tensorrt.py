@@ -289,7 +289,10 @@ def test_trtexec_commands_of_a_bundle(tmp_path):
     lines = trtexec_commands(root, EngineOptions(), "10.16.1.11")
     assert len(lines) == 4 and all(line.startswith("trtexec --onnx=") for line in lines)
     lines = trtexec_commands(root, EngineOptions(), "8.6.0")
-    assert lines[0].startswith("python -m toprovar.exporter.lower86 ")
+    assert lines[0].startswith("python -m toprovar.exporter.lower86 ") and lines[0].endswith(" --size=B=1")
+    assert "Shapes" not in lines[1], "trtexec refuses shapes of a graph that states all of them"
+    step = next(line for line in lines if "step.opset17.onnx" in line and line.startswith("trtexec"))
+    assert "--minShapes=x:" in step and "modulation:" not in step
     assert json.loads((root / "manifest.json").read_text())["targets"] == {"onnxruntime": {}}
 
 

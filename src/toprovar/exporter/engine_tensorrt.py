@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -276,13 +276,22 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 
 def emit_trtexec(
-    version: str, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions, plugins: Path, engine: Path
+    version: str,
+    graph: Path,
+    profiles: Sequence[ShapeProfile],
+    options: EngineOptions,
+    plugins: Path,
+    engine: Path,
+    stated: Collection[str] = (),
 ) -> list[str]:
     """The trtexec commands that build the same engine.
 
     One command; for 8.6, whose trtexec has no option for profiles, one per profile, to engines numbered like them. Its
     graph must have been lowered (`python -m toprovar.exporter.lower86` writes it). Sizes that are the same in every
     profile, which we state in the graph, are dynamic for trtexec of 10 and 11, with one size as all three limits.
+
+    Args:
+        stated: inputs all sizes of which the graph states; trtexec refuses shapes where every input is one of them.
     """
     major = int(version.split(".")[0])
     base = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={plugins}"]
@@ -296,21 +305,25 @@ def emit_trtexec(
     if major == 8:
         base.append("--tacticSources=-CUDNN,-CUBLAS,-CUBLAS_LT")
         commands = [
-            [*base, *_shape_options(profile), f"--saveEngine={engine.with_suffix('')}.{i}{engine.suffix}"]
+            [*base, *_shape_options(profile, stated), f"--saveEngine={engine.with_suffix('')}.{i}{engine.suffix}"]
             for i, profile in enumerate(profiles)
         ]
     else:
         words = list(base)
         for i, profile in enumerate(profiles):
-            words += [f"--profile={i}", *_shape_options(profile)]
+            words += [f"--profile={i}", *_shape_options(profile, stated)]
         commands = [[*words, f"--saveEngine={engine}"]]
     return [shlex.join([*words, "--skipInference"]) for words in commands]
 
 
-def _shape_options(profile: ShapeProfile) -> list[str]:
-    def shapes(of: Shapes) -> str:
-        return ",".join(f"{name}:{'x'.join(map(str, shape)) or 'scalar'}" for name, shape in of.items() if shape)
+def _shape_options(profile: ShapeProfile, stated: Collection[str]) -> list[str]:
+    names = [name for name, shape in profile.best.items() if shape and name not in stated]
 
+    def shapes(of: Shapes) -> str:
+        return ",".join(f"{name}:{'x'.join(map(str, of[name]))}" for name in names)
+
+    if not names:
+        return []
     return [
         f"--minShapes={shapes(profile.least)}",
         f"--optShapes={shapes(profile.best)}",
@@ -482,14 +495,15 @@ def trtexec_commands(folder: Path, options: EngineOptions, version: str | None =
             ),
             options.shared_tokens,
         )
-        path = folder / graph.file
+        path, stated = folder / graph.file, []
         if version.startswith("8."):
             lowered = path.with_suffix(".opset17.onnx")
             sizes = fixed_sizes(onnx.load(str(path), load_external_data=False), profiles)
-            words = [f"--size={name}={size}" for name, size in sizes.items()]
+            words = [f"--size={size}={value}" for size, value in sizes.items()]
             lines.append(shlex.join(["python", "-m", "toprovar.exporter.lower86", str(path), str(lowered), *words]))
             path = lowered
-        lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine")
+            stated = [one.name for one in graph.inputs if all(not isinstance(n, str) or n in sizes for n in one.shape)]
+        lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine", stated)
     return lines
 
 
