@@ -59,7 +59,7 @@ PYTHON
 if [[ $parts == *" plugins "* ]]; then
     [ -f "$work/cases/cases.json" ] || step cases $torch benchmarks/tensorrt_ops.py cases "$work/cases"
     TAIL=60 LIMIT=400 step ops $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$out/ops.json"
-    sanitizer="compute-sanitizer --tool memcheck --target-processes all"
+    sanitizer="compute-sanitizer --tool memcheck --target-processes all --error-exitcode 1"
     step sanitizer $sanitizer $trt benchmarks/tensorrt_ops.py run "$work/cases" --out "$work/few.json" --few
 fi
 

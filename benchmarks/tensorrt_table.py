@@ -24,6 +24,12 @@ def read(path: Path) -> Any:
         return None
 
 
+def sanitizer_said(path: Path) -> str | None:
+    """The sum that compute-sanitizer ends with."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.strip("= ") for line in reversed(lines) if "ERROR SUMMARY" in line), None)
+
+
 def collect(folder: Path) -> dict[str, Any]:
     """Everything that was measured, by part."""
     steps = (
@@ -37,6 +43,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "notes": notes.read_text().splitlines() if notes.is_file() else [],
         "failed": [name for code, name in steps if code != "rc=0"],
         "plugins": read(folder / "ops.json"),
+        "sanitizer": sanitizer_said(folder / "sanitizer.log"),
         "verified": {},
         "compared": {},
         "bundles": {},
@@ -66,6 +73,8 @@ def markdown(document: dict[str, Any]) -> str:
         lines += [f"Steps that failed: {', '.join(document['failed'])}.", ""]
     if plugins := document["plugins"]:
         lines += plugin_lines(plugins)
+    if document.get("sanitizer"):
+        lines += [f"compute-sanitizer over small cases of them: {document['sanitizer']}", ""]
     if document["verified"]:
         lines += ["## Golden traces", ""]
         lines += [f"- `{name}`: {line}" for name, found in document["verified"].items() for line in found] + [""]
