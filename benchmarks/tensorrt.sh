@@ -9,7 +9,7 @@
 #   TOPROVAR_RUN      the C++ runtime (build/src/toprovar/runtime/cpp/toprovar_run), with LD_LIBRARY_PATH if need be
 #   WORK              bundles, engines and cases; kept and used again (OUT/work)
 #   BUILD_OPTIONS     of `python -m toprovar.exporter.engine_tensorrt`, such as --optimization-level 1 ()
-#   INFINITY_OPTIONS  besides, for Infinity alone, such as --shared-tokens 576 ()
+#   INFINITY_OPTIONS  besides, for Infinity alone, such as --shared-tokens 1024 ()
 #   STAGES            of Infinity's step, built side by side (4)
 #   MPS               1: builds share the GPU through CUDA's Multi-Process Service, started and ended here (0)
 #   DEPTHS            of Infinity-2B's 32 layers, what is built (32)

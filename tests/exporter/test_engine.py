@@ -218,6 +218,17 @@ def test_stages_behind_each_other_compute_what_the_graph_does(bundle, tmp_path):
     assert all(sum(name in one for one in weights) == 1 for name in large), "every matrix is in one stage"
 
 
+def test_stages_find_weights_in_a_file_of_their_own(half_exporter, tmp_path):
+    whole, place = tmp_path / "step.onnx", tmp_path / "stages"
+    save_graph(half_exporter.graph("step", "gdg"), whole, {}, external_data=True)
+    place.mkdir()
+    for file, _ in cut_graph(whole, 3, place):
+        weights = onnx.load(file, load_external_data=False).graph.initializer
+        named = {entry.value for one in weights for entry in one.external_data if entry.key == "location"}
+        assert named == {"step.onnx.data"}
+        assert (file.parent / "step.onnx.data").samefile(tmp_path / "step.onnx.data")
+
+
 def test_a_graph_is_cut_into_at_most_as_many_stages_as_it_has_blocks(bundle, tmp_path):
     with pytest.raises(InputError, match=r"step.onnx: 4 stages; valid is 1 to 3"):
         cut_graph(bundle.path("step.onnx"), 4, tmp_path)

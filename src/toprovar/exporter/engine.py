@@ -185,8 +185,8 @@ def shape_profiles(
 def share_profiles(profiles: Sequence[ShapeProfile], tokens: int) -> list[ShapeProfile]:
     """One profile in place of those of the scales that have at most this many tokens; a runtime takes what fits.
 
-    Only those of ``step``: an engine of ``advance`` that TensorRT 8.6.0 built for a range of
-    grids gave a wrong ``next_x`` for grids of 2 x 2 and 3 x 3 (seen on an H200; it builds fast, so it keeps its profiles).
+    Only those of ``step``: an engine of ``advance`` that TensorRT 8.6.0 built for a range of grids gave a wrong ``next_x`` for
+    grids of 2 x 2 and 3 x 3 (seen on an H200; it builds fast, so it keeps its profiles).
     """
     small: list[ShapeProfile] = []
     large: list[ShapeProfile] = []

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 from ..errors import InputError
 from ..profiles.manifest import GraphInfo, TensorInfo
 
-__all__ = ["cut_graph"]
+__all__ = ["cut_graph", "link_weights"]
 
 _BLOCK_END = re.compile(r"blocks\.\d+\.x_out")
 
@@ -47,14 +47,15 @@ def cut_graph(path: Path, stages: int, folder: Path) -> list[tuple[Path, GraphIn
         found.append(
             (place / path.name, _write_stage(model, nodes, bounds[stage], bounds[stage + 1], place / path.name))
         )
-        for file in {
-            entry.value
-            for tensor in model.graph.initializer
-            for entry in tensor.external_data
-            if entry.key == "location"
-        }:
-            (place / file).symlink_to((path.parent / file).resolve())
+        link_weights(model, path.parent, place)
     return found
+
+
+def link_weights(model: onnx.ModelProto, source: Path, folder: Path) -> None:
+    """Links in `folder` to the files of weights that a graph of `source` has; none where they are in the graph."""
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    for file in {entry.value for entry in entries if entry.key == "location"}:
+        (folder / file).symlink_to((source / file).resolve())
 
 
 def _write_stage(model: onnx.ModelProto, nodes: list[onnx.NodeProto], begin: int, end: int, path: Path) -> GraphInfo:

@@ -49,6 +49,7 @@ from .engine import (
     shape_profiles,
     share_profiles,
 )
+from .engine_stages import link_weights
 from .lower86 import lower
 
 __all__ = ["TensorRtBuilder", "add_engines", "check_plugin_layers", "emit_trtexec", "trtexec_commands"]
@@ -206,10 +207,7 @@ def _readable(graph: Path, profiles: Sequence[ShapeProfile], major: int) -> Iter
         if major == 8:
             model = lower(model)
         onnx.save(model, str(copy))
-        for file in {
-            entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"
-        }:
-            (Path(folder) / file).symlink_to((graph.parent / file).resolve())
+        link_weights(model, graph.parent, Path(folder))
         yield copy
 
 

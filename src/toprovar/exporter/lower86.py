@@ -404,10 +404,12 @@ def _check_postcondition(model: onnx.ModelProto) -> None:
 
 
 def _without_files(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy in which weights in files of their own are inputs: the checker looks for those files in the working folder."""
+    """With weights in files of their own as inputs: the checker looks for those files in the working folder."""
+    apart = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    if not apart:
+        return model  # may be gigabytes
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    apart = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     names = {tensor.name for tensor in apart}
     del copy.graph.initializer[:]
     copy.graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name not in names)

@@ -23,7 +23,7 @@ from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
 
-__all__ = ["EngineRun", "EngineInputs", "TensorRt", "open"]
+__all__ = ["EngineInputs", "EngineRun", "TensorRt", "open"]
 
 NAME = "tensorrt"
 
@@ -107,9 +107,7 @@ class TensorRt:
 
     def read(self, buffer: Buffer) -> Array:
         """Buffer to host, as a copy."""
-        host = np.empty(buffer.shape, buffer.dtype)
-        self._cuda.read(host.ctypes.data, buffer.memory + buffer.offset_bytes, buffer.size_bytes)
-        return host
+        return self.read_bytes(buffer).view(buffer.dtype).reshape(buffer.shape)
 
     def read_bytes(self, buffer: Buffer) -> Array:
         """As `read`, whatever the type: its bytes."""
