@@ -24,6 +24,8 @@ from pathlib import Path
 import numpy as np
 
 TEXT_TOKENS = 64
+TEXT_LENGTH = 40
+"""Of the golden prompt; the rest is padding, which must be masked."""
 CLASS = "default"
 CALIBRATION = Path(__file__).parent / "results" / "text-demo-calibration.json"
 """Of the embedded text demo, whose plan is carried over to the larger model, as in benchmarks/infinity.py."""
@@ -74,7 +76,7 @@ def write_infinity(folder: Path, plan_name: str, depth: int) -> None:
             calibration_sha256=calibration.sha256,
         )
     text = torch.randn(1, TEXT_TOKENS, spec.text_width, device=backbone.device)
-    golden = GoldenPrompt((text, torch.full((1,), TEXT_TOKENS, device=backbone.device, dtype=torch.int32)), (0,))
+    golden = GoldenPrompt((text, torch.full((1,), TEXT_LENGTH, device=backbone.device, dtype=torch.int32)), (0,))
     write_bundle(
         folder,
         GraphExporter(backbone),

@@ -152,6 +152,27 @@ def test_a_product_with_one_matrix_has_two_axes():
         assert [one.op_type for one in lower(product(shape)).graph.node] == ["MatMul"]
 
 
+def test_an_attention_with_one_query_has_no_products():
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["scores"]),
+        helper.make_node("Add", ["scores", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["weights"], axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["y"]),
+    ]
+    random = np.random.default_rng(2)
+
+    def attention(queries):
+        shapes = {"q": [2, 3, queries, 8], "k": [2, 3, 8, 5], "v": [2, 3, 5, 8], "mask": [2, 1, 1, 5]}
+        return model(*nodes, inputs=[value(*one) for one in shapes.items()], outputs=[value("y", None)]), shapes
+
+    proto, shapes = attention(1)
+    feeds = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    lowered = same(proto, feeds, tolerance=1e-6)
+    assert "MatMul" not in [one.op_type for one in lowered.graph.node]
+    for queries in (2, "n"):
+        assert [one.op_type for one in lower(attention(queries)[0]).graph.node] == [one.op_type for one in nodes]
+
+
 def test_weights_in_a_file_of_their_own_are_not_looked_for(tmp_path, monkeypatch):
     weight = array("w", np.zeros((5, 4)), np.float32)
     node = helper.make_node("MatMul", ["x", "w"], ["y"])

@@ -80,6 +80,21 @@ def test_every_scale_is_measured_in_both_programs(session, tmp_path):
     assert len([line for line in table if line.startswith("| object |")]) == len(steps)
 
 
+def test_trtexec_is_started_again_where_it_differs(session, monkeypatch):
+    given = iter([{"trtexec_ms": 2.0}, {"trtexec_ms": 1.01}, {"trtexec_missing": "gone"}])
+    monkeypatch.setattr(trtexec, "_theirs", lambda *_: next(given))
+    best = trtexec._best_of_theirs(Path("trtexec"), session, session.target, None, 1.0)
+    assert best == {"trtexec_ms": 1.01, "trtexec_processes_ms": [2.0, 1.01]}
+    row = {"prompt_class": "a", "scale": 3, "loop_ms": 1.1, "runs_ms": 1.0, **best}
+    table = "\n".join(trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}))
+    assert "within 3%" in table and "processes, which took 2.000, 1.010" in table
+
+    assert trtexec._best_of_theirs(Path("trtexec"), session, session.target, None, 1.0) == {"trtexec_missing": "gone"}
+    monkeypatch.setattr(trtexec, "_theirs", lambda *_: {"trtexec_ms": 2.0})  # never the same: no more than three
+    worst = trtexec._best_of_theirs(Path("trtexec"), session, session.target, None, 1.0)
+    assert worst["trtexec_processes_ms"] == [2.0, 2.0, 2.0]
+
+
 def test_the_times_of_stages_are_added(mock, tmp_path):  # noqa: F811
     mock.cut_step()
     session = Session(mock.root, "tensorrt")

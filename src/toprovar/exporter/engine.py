@@ -51,7 +51,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_REVISION = 2
+_REVISION = 3
 """Of what is done to a graph before it is built, the lowering to 8.6 with it; part of the cache key."""
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -12,6 +12,7 @@ of operators that this parser knows.
     Concat    of constants -> a constant          InstanceNormalization -> its formula; the parser makes a plugin of
     functions -> dropped: ours become plugins         it that needs cuDNN
     MatMul    of a weight and three or more axes -> of two axes; the parser repeats the weight along the others
+              of one computed row -> Mul and ReduceSum; the builder's attention misreads masks (see `_one_row`)
 
 Precondition: opset 17 to 20 of the default domain, no control flow, no bfloat16, every other node is one of our plugins.
 Postcondition: opset 17, no function, only operators of the parser's list, and ONNX's checker agrees.
@@ -289,6 +290,9 @@ def _matmul(state: _Lowering, node: onnx.NodeProto) -> None:
     shape, matrix = state.shapes.get(x), state.constants.get(weight)
     leading = list(shape.dim)[:-1] if shape is not None else []
     sizes = [dim.dim_value or -1 for dim in leading]
+    if len(leading) > 1 and sizes[-1] == 1 and matrix is None:
+        _one_row(state, node, axes=len(sizes) + 1)
+        return
     if matrix is None or len(matrix.dims) != 2 or len(leading) < 2 or sizes.count(-1) > 1:
         state.nodes.append(node)
         return
@@ -298,6 +302,19 @@ def _matmul(state: _Lowering, node: onnx.NodeProto) -> None:
     product = state.add("MatMul", [rows, weight], f"{stem}.product")
     whole = state.constant(f"{stem}.shape", [*sizes, width], np.int64)
     state.add("Reshape", [product, whole], stem, output=stem)
+
+
+def _one_row(state: _Lowering, node: onnx.NodeProto, axes: int) -> None:
+    """[..., 1, D] times a computed [..., D, T], as an attention with one query has it.
+
+    8.6.0 makes one kernel of such an attention (`mha0`), which reads the mask of all rows of text but the first out of bounds:
+    compute-sanitizer saw it in Infinity's `prefix`. It finds the attention by its products, whatever stands between them.
+    """
+    (x, other), stem = node.input, node.output[0]
+    column = state.add("Transpose", [x], f"{stem}.column", perm=[*range(axes - 2), axes - 1, axes - 2])
+    products = state.add("Mul", [column, other], f"{stem}.products")
+    axis = state.constant(f"{stem}.axis", [-2], np.int64)
+    state.add("ReduceSum", [products, axis], stem, output=stem, keepdims=1)
 
 
 def _pad(state: _Lowering, node: onnx.NodeProto) -> None:

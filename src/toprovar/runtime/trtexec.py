@@ -7,8 +7,9 @@ and time to warm up. TensorRT 11 does so by default, 10 and 8.6 have to be told.
     runs      runs of the same CUDA graph queued behind each other: what the GPU spends
     trtexec   its median "GPU Compute Time"
 
-`loop - runs` is what the host's launch and wait cost; `runs - trtexec` is the difference of the two programs on the GPU,
-which a run cannot explain by itself where it is more than noise.
+`loop - runs` is what the host's launch and wait cost; `runs - trtexec` is the difference of the two programs on the GPU. One
+trtexec is not like the next: of four processes with the same command line three took 1.02 ms and one 1.08 (class demo, scale 9,
+H100). So where the difference is more than noise, trtexec is started again, and the fastest of its processes counts.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ _PLACES = ("/usr/src/tensorrt/bin/trtexec", "/opt/tensorrt/bin/trtexec", "/usr/l
 _WARM_UP_MS = 300
 _CLOSE = 0.03
 """A smaller part of trtexec's time is noise."""
+_MOST_PROCESSES = 3
 
 
 def find_trtexec() -> Path:
@@ -131,7 +133,7 @@ def measure(
         if any(profiles) and not several:
             row["trtexec_missing"] = f"this trtexec runs profile 0 of an engine only, the scale has {profile}"
         else:
-            row |= _theirs(program, session, target, run)
+            row |= _best_of_theirs(program, session, target, run, row["runs_ms"])
         rows.append(row)
     on_run(len(todo), len(todo))
     name, version = session.bundle.manifest.name, target.info.version
@@ -153,6 +155,19 @@ def _ours(loop: Loop, run: EngineRun) -> dict[str, float]:
         loop.wait()
         batches.append((perf_counter() - start) * 1e3 / count)
     return {"loop_ms": round(float(np.median(single)), 4), "runs_ms": round(float(np.median(batches)), 4)}
+
+
+def _best_of_theirs(program: Path, session: Session, target: TensorRt, run: EngineRun, ours: float) -> dict[str, Any]:
+    """The fastest process of trtexec, and the medians of all where it took more than one."""
+    found: list[dict[str, Any]] = []
+    while len(found) < _MOST_PROCESSES:
+        found.append(_theirs(program, session, target, run))
+        if "trtexec_ms" not in found[-1]:
+            return found[-1]
+        best = min(found, key=lambda one: float(one["trtexec_ms"]))
+        if abs(ours / best["trtexec_ms"] - 1) <= _CLOSE:
+            break
+    return best if len(found) == 1 else {**best, "trtexec_processes_ms": [one["trtexec_ms"] for one in found]}
 
 
 def _theirs(program: Path, session: Session, target: TensorRt, run: EngineRun) -> dict[str, Any]:
@@ -216,5 +231,7 @@ def markdown(measured: Mapping[str, Any]) -> list[str]:
             why = f"trtexec's events count the gap between two runs, as the loop does; {host}"
         else:
             why = f"not explained by the host; {host}"
+        if processes := row.get("trtexec_processes_ms"):
+            why += f"; the fastest of trtexec's processes, which took {', '.join(f'{ms:.3f}' for ms in processes)}"
         lines.append(f"{start}{row['trtexec_ms']:.3f} | {difference:+.1%} | {why} |")
     return [*lines, ""]
