@@ -115,9 +115,12 @@ def compare(first: Path, second: Path, picture: Path | None) -> bool:
     if picture is not None:
         from PIL import Image
 
-        pixels = np.asarray(Image.open(picture), np.int16)
-        expected = np.round(a["images"][0].transpose(1, 2, 0) * 255).astype(np.int16)
-        print(json.dumps({"png": picture.name, "largest_difference_of_a_byte": int(np.abs(pixels - expected).max())}))
+        from toprovar.runtime.pictures import to_bytes
+
+        pixels, expected = np.asarray(Image.open(picture), np.int16), to_bytes(a["images"][0]).astype(np.int16)
+        different = np.abs(pixels - expected)
+        found = {"largest_difference_of_a_byte": int(different.max()), "bytes_that_differ": int((different > 0).sum())}
+        print(json.dumps({"png": picture.name, **found, "bytes": different.size}))
     names = [name for name in a.files if name.startswith("tokens_")]
     different = sum(int((a[name] != b[name]).sum()) for name in names)
     worst = float(np.abs(a["images"] - b["images"]).max())

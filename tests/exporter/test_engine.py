@@ -98,10 +98,25 @@ def test_small_scales_can_share_a_profile():
     """It takes every one of them, and is tuned for the largest."""
     profiles = [ShapeProfile.fixed({"x": (n, 2), "past": (past,)}, n) for n, past in ((1, 0), (4, 1), (16, 5))]
     least, most = {"x": (1, 2), "past": (0,)}, {"x": (4, 2), "past": (1,)}
-    assert share_profiles(profiles, 4) == [ShapeProfile(least, most, most), profiles[2]]
-    assert share_profiles(profiles, 1) == share_profiles(profiles, 0) == profiles
+    assert share_profiles(profiles, (4,)) == [ShapeProfile(least, most, most), profiles[2]]
+    assert share_profiles(profiles, (1,)) == share_profiles(profiles, ()) == profiles
     other = [ShapeProfile.fixed({"codes": (1, 16)}), ShapeProfile.fixed({"codes": (1, 4)})]
-    assert share_profiles(other, 4096) == other
+    assert share_profiles(other, (4096,)) == other
+
+
+def test_scales_share_a_profile_between_two_bounds():
+    profiles = [ShapeProfile.fixed({"x": (n, 2)}, n) for n in (1, 4, 9, 16, 36)]
+    shared = share_profiles(profiles, (4, 16))
+    ranges = [(profile.least["x"][0], profile.best["x"][0], profile.greatest["x"][0]) for profile in shared]
+    assert ranges == [(1, 4, 4), (9, 16, 16), (36, 36, 36)]
+    assert share_profiles(profiles, (4, 4096))[1].greatest == {"x": (36, 2)}
+    assert share_profiles(profiles, (2, 3, 100))[0] == profiles[0], "nothing between two bounds is no profile"
+
+
+@pytest.mark.parametrize("bounds", [(0,), (64, 64), (1024, 64)])
+def test_bounds_ascend(bounds):
+    with pytest.raises(InputError, match="give numbers of tokens that ascend"):
+        EngineOptions(shared_tokens=bounds)
 
 
 def test_every_stage_of_a_step_shares_alike(bundle, tmp_path):
@@ -109,9 +124,9 @@ def test_every_stage_of_a_step_shares_alike(bundle, tmp_path):
     _, graphs, schedules, constants, model, condition = arguments(bundle)
     for _, info in cut_graph(bundle.path("step.onnx"), 3, tmp_path):
         profiles = shape_profiles(info, "step", schedules, constants, model, condition)
-        assert len(profiles) - len(share_profiles(profiles, 9)) == 2, "1, 4 and 9 tokens in one"
+        assert len(profiles) - len(share_profiles(profiles, (9,))) == 2, "1, 4 and 9 tokens in one"
     advance = shape_profiles(graphs["advance"], "advance", schedules, constants, model, condition)
-    assert share_profiles(advance, 36) == advance
+    assert share_profiles(advance, (36,)) == advance
 
 
 def test_shapes_follow_the_batch(bundle):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -83,8 +84,9 @@ class EngineOptions:
             nothing but the rounding of softmax; an fp32 bundle loses 13 bits.
         workspace_bytes: limit of scratch memory while running; None leaves it to the builder.
         optimization_level: 0 to 5; None is the builder's default.
-        shared_tokens: scales of at most this many tokens share one optimisation profile, tuned for the largest of them;
-            0: every scale has its own. A build takes as long as it has profiles.
+        shared_tokens: ascending; the scales of at most so many tokens, and more than the number before, share one
+            optimisation profile of ``step``, tuned for the largest of them. Scales above the last, or all where there is no
+            number, have their own. A build takes as long as it has profiles.
         stages: engines of ``step``, which run one behind the other and can be built side by side.
         compute_capabilities: GPUs that the engine is for, like ``("8.9", "12.0")``; none: every one that the builder
             supports (without a GPU), or the one at hand.
@@ -94,7 +96,7 @@ class EngineOptions:
     tf32: bool = True
     workspace_bytes: int | None = None
     optimization_level: int | None = None
-    shared_tokens: int = 0
+    shared_tokens: tuple[int, ...] = ()
     stages: int = 1
     compute_capabilities: tuple[str, ...] = ()
 
@@ -103,6 +105,8 @@ class EngineOptions:
             raise InputError(f"engines for a batch of {self.batch} images; give 1 or more")
         if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
             raise InputError(f"optimization_level is {self.optimization_level}; valid is 0 to 5")
+        if any(a >= b for a, b in pairwise((0, *self.shared_tokens))):
+            raise InputError(f"shared_tokens are {list(self.shared_tokens)}; give numbers of tokens that ascend")
 
 
 @dataclass(frozen=True)
@@ -182,26 +186,32 @@ def shape_profiles(
     return profiles
 
 
-def share_profiles(profiles: Sequence[ShapeProfile], tokens: int) -> list[ShapeProfile]:
-    """One profile in place of those of the scales that have at most this many tokens; a runtime takes what fits.
+def share_profiles(profiles: Sequence[ShapeProfile], bounds: Sequence[int]) -> list[ShapeProfile]:
+    """One profile in place of those of the scales between two bounds (see `EngineOptions`); a runtime takes what fits.
 
     Only those of ``step``: an engine of ``advance`` that TensorRT 8.6.0 built for a range of grids gave a wrong ``next_x`` for
     grids of 2 x 2 and 3 x 3 (seen on an H200; it builds fast, so it keeps its profiles).
     """
-    small: list[ShapeProfile] = []
-    large: list[ShapeProfile] = []
+    groups: dict[int, list[ShapeProfile]] = {bound: [] for bound in bounds}
+    alone = []
     for profile in profiles:
-        (small if profile.tokens is not None and profile.tokens <= tokens else large).append(profile)
-    if len(small) < 2:
-        return list(profiles)
+        bound = next((n for n in bounds if profile.tokens is not None and profile.tokens <= n), None)
+        (alone if bound is None else groups[bound]).append(profile)
+    return [*(_shared(group) for group in groups.values() if group), *alone]
+
+
+def _shared(profiles: Sequence[ShapeProfile]) -> ShapeProfile:
+    """From the least to the greatest shapes of some, tuned for the greatest."""
+    if len(profiles) == 1:
+        return profiles[0]
 
     def bound(pick: Callable[[Sequence[int]], int], shapes: Sequence[Shapes]) -> Shapes:
         return {
             name: tuple(pick(sizes) for sizes in zip(*(one[name] for one in shapes), strict=True)) for name in shapes[0]
         }
 
-    most = bound(max, [profile.greatest for profile in small])
-    return [ShapeProfile(bound(min, [profile.least for profile in small]), most, most), *large]
+    most = bound(max, [profile.greatest for profile in profiles])
+    return ShapeProfile(bound(min, [profile.least for profile in profiles]), most, most)
 
 
 def _shape(

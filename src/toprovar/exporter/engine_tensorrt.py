@@ -423,7 +423,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workspace-mib", type=int, help="limit of scratch memory")
     parser.add_argument("--optimization-level", type=int, choices=range(6))
     parser.add_argument(
-        "--shared-tokens", type=int, default=0, help="scales of at most this many tokens share a profile: builds faster"
+        "--shared-tokens",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="scales of at most N tokens (and more than the N before) share a profile: builds faster",
     )
     parser.add_argument(
         "--stages", type=int, default=1, help="cut step into so many engines, which run one behind the other"
@@ -439,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tf32=not given.no_tf32,
             workspace_bytes=None if given.workspace_mib is None else given.workspace_mib << 20,
             optimization_level=given.optimization_level,
-            shared_tokens=given.shared_tokens,
+            shared_tokens=tuple(given.shared_tokens),
             stages=given.stages,
         )
         if given.emit_trtexec:
