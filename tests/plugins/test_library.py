@@ -8,16 +8,18 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from toprovar.errors import FormatError, TargetError
 from toprovar.plugins import embed, library
+from toprovar.profiles.noise import scale_noise
 
 from .conftest import cmake, tensorrt_roots
 
 EXPORTS = {
-    "libtoprovar_plugins.so": {"getCreators", "setLoggerFinder"},
-    "libtoprovar_plugins86.so": {"getPluginCreators", "initToprovarPlugins", "setLoggerFinder"},
+    "libtoprovar_plugins.so": {"getCreators", "setLoggerFinder", "toprovarScaleNoise"},
+    "libtoprovar_plugins86.so": {"getPluginCreators", "initToprovarPlugins", "setLoggerFinder", "toprovarScaleNoise"},
 }
 
 
@@ -42,6 +44,18 @@ def test_the_library_compiles_without_warnings_and_exports_its_entry_points_only
         assert {line.split()[-1] for line in nm.splitlines()} == EXPORTS[path.name]
         needed = subprocess.run(["readelf", "-d", path], capture_output=True, text=True, check=True).stdout
         assert not re.search(r"NEEDED.*(nvinfer|cuda)", needed), "nothing of TensorRT or CUDA is linked"
+        for seeds, tokens, logits in (([7], 1, 3), ([3, 2**64 - 1, 2**40], 300, 5)):
+            noise = library.noise_of(path)(seeds, 4, tokens, logits)
+            assert np.array_equal(noise, scale_noise(seeds, 4, tokens, logits))
+
+
+def test_a_library_without_noise_is_of_another_version(tmp_path):
+    with pytest.raises(TargetError, match="build it again"):
+        library.noise_of(tmp_path / "libtoprovar_plugins.so")
+    libc = Path("/lib/x86_64-linux-gnu/libc.so.6")
+    if libc.exists():
+        with pytest.raises(TargetError, match="toprovarScaleNoise; build it again"):
+            library.noise_of(libc)
 
 
 CHILD = """

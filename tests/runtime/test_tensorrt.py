@@ -21,6 +21,7 @@ from tests.runtime import tiny
 from toprovar.errors import BundleError, TargetError
 from toprovar.plugins.device import Gpu
 from toprovar.profiles.manifest import GraphInfo, TargetInfo, TensorInfo
+from toprovar.profiles.noise import scale_noise
 from toprovar.runtime.bundle import open_bundle
 from toprovar.runtime.loop import Loop
 
@@ -209,6 +210,7 @@ def mock(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "tensorrt", module)
     monkeypatch.setattr("toprovar.runtime.tensorrt.describe_gpu", lambda device: GPU)
     monkeypatch.setattr("toprovar.runtime.tensorrt.load_library", lambda trt: Path("plugins.so"))
+    monkeypatch.setattr("toprovar.runtime.tensorrt.noise_of", lambda path: scale_noise)
     monkeypatch.setattr("toprovar.runtime.tensorrt.open_cuda", lambda device: state.cuda)
     return state
 

@@ -56,6 +56,11 @@ def test_noise_of_a_batch_is_laid_out_as_python_lays_it_out(ask):
     assert np.array_equal(_floats(line).reshape(7, 3, 5), scale_noise([3, 9, 2000000000000], 4, 7, 5))
 
 
+def test_threads_draw_a_large_scale_in_parts(ask):
+    (line,) = ask("batchnoise 9 333 301 5 6")
+    assert np.array_equal(_floats(line).reshape(333, 2, 301), scale_noise([5, 6], 9, 333, 301))
+
+
 def test_half_and_bfloat_round_to_nearest_even(ask):
     random = np.random.default_rng(0)
     values = np.concatenate(

@@ -10,10 +10,11 @@
 
 #include "bundle.hpp"
 #include "error.hpp"
-#include "noise.hpp"
+#include "noise_ahead.hpp"
 #include "png.hpp"
 #include "safetensors.hpp"
 #include "sha256.hpp"
+#include "toprovar/noise.hpp"
 
 namespace {
 
@@ -40,7 +41,7 @@ void run(std::string const& line) {
         size_t count = 0;
         words >> seed >> scale >> count;
         std::vector<float> values(count);
-        uniform(seed, scale, count, count, 0, values.data());
+        toprovar::scaleNoise(&seed, 1, scale, 0, count, 1, values.data());
         printFloats(values);
     } else if (call == "batchnoise") {
         uint32_t scale = 0;
@@ -52,7 +53,8 @@ void run(std::string const& line) {
             seeds.push_back(seed);
         }
         std::vector<float> values(tokens * seeds.size() * logits);
-        scaleNoise(seeds, scale, tokens, logits, values.data());
+        NoiseAhead drawn(seeds, logits, {{scale, tokens, values.data()}});
+        drawn.wait(0);
         printFloats(values);
     } else if (call == "half" || call == "bfloat") {
         DType const type = call == "half" ? DType::kFLOAT16 : DType::kBFLOAT16;

@@ -193,7 +193,7 @@ def share_profiles(profiles: Sequence[ShapeProfile], bounds: Sequence[int]) -> l
     grids of 2 x 2 and 3 x 3 (seen on an H200; it builds fast, so it keeps its profiles).
     """
     groups: dict[int, list[ShapeProfile]] = {bound: [] for bound in bounds}
-    alone = []
+    alone: list[ShapeProfile] = []
     for profile in profiles:
         bound = next((n for n in bounds if profile.tokens is not None and profile.tokens <= n), None)
         (alone if bound is None else groups[bound]).append(profile)

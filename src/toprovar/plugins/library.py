@@ -7,16 +7,21 @@ It is looked for in this order: the environment variable ``TOPROVAR_PLUGIN_LIBRA
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ..errors import TargetError
 from ..kernels import contract
 from .contract_header import PLUGINS
 
-__all__ = ["ENVIRONMENT_VARIABLE", "find_library", "library_name", "library_sha256", "load_library"]
+__all__ = ["ENVIRONMENT_VARIABLE", "find_library", "library_name", "library_sha256", "load_library", "noise_of"]
 
 ENVIRONMENT_VARIABLE = "TOPROVAR_PLUGIN_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
@@ -93,6 +98,29 @@ def load_library(tensorrt: Any, registry: Any | None = None) -> Path:
             f"TensorRT {tensorrt.__version__} took no plugin from {path}; build it with the headers of that version"
         )
     return path
+
+
+def noise_of(path: Path) -> Callable[[Sequence[int], int, int, int], npt.NDArray[np.float32]]:
+    """`toprovar.profiles.noise.scale_noise` as the plugin library has it: the same bytes in a quarter of the time, and
+    without the interpreter's lock, so that it is drawn while a target runs. It checks no argument.
+
+    Raises:
+        TargetError: the library cannot be loaded, or has no noise: it is of another version of toprovar.
+    """
+    try:
+        draw = ctypes.CDLL(str(path)).toprovarScaleNoise
+    except (OSError, AttributeError) as error:
+        raise TargetError(f"{path}: {error}; build it again") from error
+    draw.restype = None
+    u32, u64, pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+    draw.argtypes = [pointer, u64, u32, u64, u64, pointer]
+
+    def scale_noise(seeds: Sequence[int], scale: int, tokens: int, logits: int) -> npt.NDArray[np.float32]:
+        given, noise = np.array(seeds, np.uint64), np.empty((tokens, len(seeds), logits), np.float32)
+        draw(given.ctypes.data, len(seeds), scale, tokens, logits, noise.ctypes.data)
+        return noise
+
+    return scale_noise
 
 
 def _registered(registry: Any) -> bool:

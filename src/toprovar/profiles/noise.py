@@ -14,12 +14,14 @@ noise is infinite; that would strike one 256 x 256 picture of VAR (680 tokens, 4
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 from toprovar.errors import InputError
 
-__all__ = ["philox4x32", "scale_noise", "uniform"]
+__all__ = ["check_noise", "philox4x32", "scale_noise", "uniform"]
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -66,9 +68,7 @@ def uniform(seed: int, scale: int, count: int) -> npt.NDArray[np.float32]:
     Raises:
         InputError: an argument is out of its range.
     """
-    for name, value, limit in (("seed", seed, 1 << 64), ("scale", scale, 1 << 32), ("count", count, (1 << 34) + 1)):
-        if not 0 <= value < limit:
-            raise InputError(f"noise: {name} is {value}; valid is 0 to {limit - 1}")
+    check_noise(seed, scale, count)
     key = (seed & _LOW, seed >> 32)
     blocks = -(-count // 4)
     values = np.empty((blocks, 4), dtype=np.float32)
@@ -85,7 +85,14 @@ def uniform(seed: int, scale: int, count: int) -> npt.NDArray[np.float32]:
     return values.reshape(-1)[:count]
 
 
-def scale_noise(seeds: tuple[int, ...] | list[int], scale: int, tokens: int, logits: int) -> npt.NDArray[np.float32]:
+def check_noise(seed: int, scale: int, count: int) -> None:
+    """Raises InputError where `uniform` does."""
+    for name, value, limit in (("seed", seed, 1 << 64), ("scale", scale, 1 << 32), ("count", count, (1 << 34) + 1)):
+        if not 0 <= value < limit:
+            raise InputError(f"noise: {name} is {value}; valid is 0 to {limit - 1}")
+
+
+def scale_noise(seeds: Sequence[int], scale: int, tokens: int, logits: int) -> npt.NDArray[np.float32]:
     """Noise of one scale of a batch, ``[N, B, V]``: picture b is ``uniform(seeds[b], scale, N * V)``, row-major [N, V].
 
     A picture is the same whatever batch it is computed in.

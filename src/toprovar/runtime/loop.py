@@ -81,6 +81,7 @@ class Loop:
         self._bundle = bundle
         self._target = target
         self._bound = Binding(bundle, target, batch)
+        self._scale_noise = getattr(target, "scale_noise", scale_noise)
         self._pool = ThreadPoolExecutor(min(_NOISE_THREADS, usable_cores()), "toprovar-noise")
 
     def run(
@@ -168,7 +169,7 @@ class Loop:
         if turn.noise is None:
             return None
         tokens, _, logits = turn.noise.shape
-        return self._pool.submit(scale_noise, list(seeds), turn.scale, tokens, logits)
+        return self._pool.submit(self._scale_noise, list(seeds), turn.scale, tokens, logits)
 
     def _write_noise(self, turn: Turn, drawn: Future[Array] | None) -> float:
         start = perf_counter()

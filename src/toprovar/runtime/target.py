@@ -56,7 +56,10 @@ class GraphRunner(Protocol):
 
 
 class Target(Protocol):
-    """What runs graphs, and the memory that they run in."""
+    """What runs graphs, and the memory that they run in.
+
+    It may also have `scale_noise`, a faster one with the bytes of `toprovar.profiles.noise.scale_noise`.
+    """
 
     description: str
     """Runtime, version and device, for reports."""

@@ -8,7 +8,7 @@ The C++ runtime does the same (cpp/tensorrt_target.cpp).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import numpy as np
 
 from toprovar.errors import BundleError, TargetError
 from toprovar.plugins.device import describe_gpu
-from toprovar.plugins.library import load_library
+from toprovar.plugins.library import load_library, noise_of
 from toprovar.profiles.manifest import stage_name
+from toprovar.profiles.noise import check_noise
 from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.cuda import Cuda, open_cuda
 from toprovar.runtime.target import Array, Buffer, Run
@@ -82,6 +83,7 @@ class TensorRt:
         self._check(bundle, device)
         self._cuda: Cuda = open_cuda(device)
         self.plugins: Path = load_library(tensorrt)
+        self._noise = noise_of(self.plugins)
         self._logger = tensorrt.Logger(tensorrt.Logger.WARNING)
         self._runtime = tensorrt.Runtime(self._logger)
         self._stages = {str(name): self._load(bundle, str(name)) for name in bundle.manifest.graphs}
@@ -114,6 +116,12 @@ class TensorRt:
         host = np.empty(buffer.size_bytes, np.uint8)
         self._cuda.read(host.ctypes.data, buffer.memory + buffer.offset_bytes, buffer.size_bytes)
         return host
+
+    def scale_noise(self, seeds: Sequence[int], scale: int, tokens: int, logits: int) -> Array:
+        """See `toprovar.profiles.noise.scale_noise`."""
+        for seed in seeds:
+            check_noise(seed, scale, tokens * logits)
+        return self._noise(seeds, scale, tokens, logits)
 
     def synchronize(self) -> None:
         """Wait until everything queued has run."""

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bundle.hpp"
-#include "noise.hpp"
+#include "noise_ahead.hpp"
 #include "target.hpp"
 
 namespace toprovar::runtime {

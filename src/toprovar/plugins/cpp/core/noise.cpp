@@ -1,10 +1,9 @@
-#include "noise.hpp"
+#include "toprovar/noise.hpp"
 
 #include <algorithm>
 #include <array>
-#include <utility>
 
-namespace toprovar::runtime {
+namespace toprovar {
 
 namespace {
 
@@ -33,12 +32,10 @@ float uniformOf(uint32_t word) noexcept {
     return (static_cast<float>(static_cast<int32_t>(word >> 9)) + 0.5F) * 0x1p-23F;
 }
 
-}  // namespace
-
-void uniform(uint64_t seed, uint32_t scale, size_t count, size_t run, size_t stride, float* out) noexcept {
+// Values `begin` to `end` of one picture: runs of `run` values that begin at out[0], out[stride], out[2 * stride], ...
+void uniform(uint64_t seed, uint32_t scale, size_t begin, size_t end, size_t run, size_t stride, float* out) noexcept {
     std::array<float, 4 * kBLOCKS> values;
-    size_t column = 0;
-    for (size_t first = 0; first < count; first += values.size()) {
+    for (size_t first = begin - begin % values.size(); first < end; first += values.size()) {
         Words c0, c1, c2{}, c3{};
         for (size_t i = 0; i < kBLOCKS; ++i) {
             c0[i] = static_cast<uint32_t>(first / 4 + i);
@@ -51,45 +48,22 @@ void uniform(uint64_t seed, uint32_t scale, size_t count, size_t run, size_t str
             values[4 * i + 2] = uniformOf(c2[i]);
             values[4 * i + 3] = uniformOf(c3[i]);
         }
-        for (size_t from = 0, end = std::min(values.size(), count - first); from < end;) {
-            size_t const piece = std::min(run - column, end - from);
-            std::copy_n(&values[from], piece, out + column);
-            from += piece;
-            column += piece;
-            if (column == run) {
-                column = 0;
-                out += stride;
-            }
+        for (size_t i = std::max(first, begin), last = std::min(first + values.size(), end); i < last;) {
+            size_t const column = i % run;
+            size_t const piece = std::min(run - column, last - i);
+            std::copy_n(&values[i - first], piece, out + i / run * stride + column);
+            i += piece;
         }
     }
 }
 
-void scaleNoise(std::vector<uint64_t> const& seeds, uint32_t scale, size_t tokens, size_t logits, float* out) noexcept {
-    for (size_t image = 0; image < seeds.size(); ++image) {
-        uniform(seeds[image], scale, tokens * logits, logits, seeds.size() * logits, out + image * logits);
+}  // namespace
+
+void scaleNoise(uint64_t const* seeds, size_t images, uint32_t scale, size_t begin, size_t end, size_t logits,
+                float* out) noexcept {
+    for (size_t image = 0; image < images; ++image) {
+        uniform(seeds[image], scale, begin * logits, end * logits, logits, images * logits, out + image * logits);
     }
 }
 
-NoiseAhead::NoiseAhead(std::vector<uint64_t> const& seeds, size_t logits, std::vector<Piece> pieces)
-    : pieces_(std::move(pieces)), drawn_(pieces_.size()) {
-    for (std::promise<void>& one : drawn_) {
-        waits_.push_back(one.get_future());  // before the thread, which sets the promise, begins
-    }
-    thread_ = std::thread([this, &seeds, logits] {
-        for (size_t i = 0; i < pieces_.size(); ++i) {
-            scaleNoise(seeds, pieces_[i].scale, pieces_[i].tokens, logits, pieces_[i].out);
-            drawn_[i].set_value();
-        }
-    });
-}
-
-NoiseAhead::~NoiseAhead() {
-    thread_.join();
-}
-
-float const* NoiseAhead::wait(size_t i) {
-    waits_[i].wait();
-    return pieces_[i].out;
-}
-
-}  // namespace toprovar::runtime
+}  // namespace toprovar
