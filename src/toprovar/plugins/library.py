@@ -101,7 +101,7 @@ def load_library(tensorrt: Any, registry: Any | None = None) -> Path:
 
 
 def noise_of(path: Path) -> Callable[[Sequence[int], int, int, int], npt.NDArray[np.float32]]:
-    """`toprovar.profiles.noise.scale_noise` as the plugin library has it: the same bytes in a quarter of the time, and
+    """`toprovar.profiles.noise.scale_noise` as the plugin library has it: the same bytes in a fifth of the time, and
     without the interpreter's lock, so that it is drawn while a target runs. It checks no argument.
 
     Raises:

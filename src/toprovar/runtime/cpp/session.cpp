@@ -116,7 +116,7 @@ Timing runOnce(Bundle const& bundle, Loop& loop, std::string const& promptClass,
     if (manifest.takesText) {
         auto const count = static_cast<size_t>(manifest.textTokens * manifest.textWidth);
         condition.textFeatures.resize(images * count);
-        scaleNoise(&turn, 1, 0, 0, images * count, 1, condition.textFeatures.data());
+        scaleNoise(&turn, 1, 0, 0, 1, images * count, condition.textFeatures.data());
         condition.textLengths.assign(images, static_cast<int32_t>(manifest.textTokens));
     } else {
         std::vector<int32_t> labels;

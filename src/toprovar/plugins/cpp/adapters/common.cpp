@@ -201,7 +201,7 @@ void outputShape(Op const& op, int32_t output, nv::DimsExprs const* inputs, nv::
 
 }  // namespace toprovar::adapters
 
-// Noise of one scale, [N, B, V], for the Python runtime, whose own takes four times as long (plugins/library.py).
+// Noise of one scale, [N, B, V], for the Python runtime, whose own takes five times as long (plugins/library.py).
 extern "C" TOPROVAR_EXPORT void toprovarScaleNoise(uint64_t const* seeds, uint64_t images, uint32_t scale,
                                                    uint64_t tokens, uint64_t logits, float* out) {
     toprovar::scaleNoise(seeds, images, scale, 0, tokens, logits, out);
