@@ -106,7 +106,7 @@ if [ ${#infinity[@]} -gt 0 ]; then
     for one in "${infinity[@]}"; do measured "infinity_$one"; done
     if [ -n "${TOPROVAR_TRTEXEC:-}" ]; then
         for one in "${infinity[@]}"; do
-            TAIL=20 LIMIT=400 step "bench_py_infinity_$one" $trt benchmarks/tensorrt_bundle.py trtexec "$work/infinity_$one.bundle" \
+            TAIL=20 LIMIT=600 step "bench_py_infinity_$one" $trt benchmarks/tensorrt_bundle.py trtexec "$work/infinity_$one.bundle" \
                 "$out/bench_py_infinity_$one.json" --scales ${SCALES:-0 6 12}
         done
     fi
