@@ -22,6 +22,7 @@ from toprovar.errors import BundleError, TargetError
 from toprovar.plugins.device import Gpu
 from toprovar.profiles.manifest import GraphInfo, TargetInfo, TensorInfo
 from toprovar.profiles.noise import scale_noise
+from toprovar.runtime import cuda
 from toprovar.runtime.bundle import open_bundle
 from toprovar.runtime.loop import Loop
 
@@ -130,6 +131,11 @@ class FakeCuda:
         ctypes.memmove(host, address, size_bytes)
 
     def synchronize(self) -> None: ...
+
+    def elapsed(self, run, count: int) -> list[float]:
+        for _ in range(count):
+            run()
+        return [0.5] * count
 
     def begin_capture(self) -> None:
         self.recording = True
@@ -314,3 +320,32 @@ def test_without_tensorrt_the_error_says_where_it_comes_from(mock, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(TargetError, match="use an NVIDIA container"):
         _target(mock)
+
+
+def test_runs_are_timed_between_two_events(monkeypatch):
+    """On a driver that notes what it is asked; an event is a number, and so is the time between two."""
+    said, events = [], iter(range(10, 100, 3))
+
+    def driver(name):
+        def call(*arguments):
+            said.append((name, *(one for one in arguments if isinstance(one, int))))
+            if name in ("cuStreamCreate", "cuEventCreate"):
+                arguments[0]._obj.value = 7 if name == "cuStreamCreate" else next(events)
+            if name == "cuEventElapsedTime":
+                arguments[0]._obj.value = arguments[2] - arguments[1]
+            return 0
+
+        return call
+
+    fake = types.SimpleNamespace(**{name: driver(name) for name in cuda._SIGNATURES})
+    fake.cuDevicePrimaryCtxRetain = lambda pointer, _: setattr(pointer._obj, "value", 1)
+    monkeypatch.setattr(cuda, "_driver", lambda: fake)
+    gpu = cuda.Cuda()
+    said.clear()
+    assert gpu.elapsed(lambda: said.append(("run",)), 2) == [3.0, 3.0]
+    queued = [one for one in said if one[0] in ("cuEventRecord", "run", "cuStreamSynchronize")]
+    record = "cuEventRecord"
+    assert queued == [
+        (record, 10, 7), ("run",), (record, 13, 7), (record, 16, 7), ("run",), (record, 19, 7), ("cuStreamSynchronize", 7),
+    ]  # fmt: skip
+    assert [one[1] for one in said if one[0] == "cuEventDestroy_v2"] == [10, 13, 16, 19]

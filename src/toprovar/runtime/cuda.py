@@ -6,6 +6,7 @@ The names are those that the driver has kept since CUDA 12.0 (`cuMemAlloc_v2` is
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import cache
 
 from ..errors import TargetError
@@ -33,6 +34,10 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "cuGraphDestroy": (ctypes.c_void_p,),
     "cuGraphExecDestroy": (ctypes.c_void_p,),
     "cuGraphLaunch": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuEventCreate": (ctypes.c_void_p, ctypes.c_uint),
+    "cuEventDestroy_v2": (ctypes.c_void_p,),
+    "cuEventRecord": (ctypes.c_void_p, ctypes.c_void_p),
+    "cuEventElapsedTime": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p),
 }
 
 
@@ -96,6 +101,27 @@ class Cuda:
     def synchronize(self) -> None:
         """Wait for the stream."""
         self.call("cuStreamSynchronize", "running on the GPU", self.stream)
+
+    def elapsed(self, run: Callable[[], None], count: int) -> list[float]:
+        """Milliseconds on the GPU of each of so many runs, queued behind each other, between two events on the stream."""
+        pointer, events = ctypes.c_void_p(), []
+        try:
+            for _ in range(2 * count):
+                self.call("cuEventCreate", "making an event", ctypes.byref(pointer), 0)
+                events.append(pointer.value)
+            for begin, end in zip(events[::2], events[1::2], strict=True):
+                self.call("cuEventRecord", "recording an event", begin, self.stream)
+                run()
+                self.call("cuEventRecord", "recording an event", end, self.stream)
+            self.synchronize()
+            found, ms = [], ctypes.c_float()
+            for begin, end in zip(events[::2], events[1::2], strict=True):
+                self.call("cuEventElapsedTime", "reading an event", ctypes.byref(ms), begin, end)
+                found.append(ms.value)
+            return found
+        finally:
+            for event in events:
+                self.driver.cuEventDestroy_v2(event)
 
     def begin_capture(self) -> None:
         """What is queued from here on is recorded, not run."""

@@ -123,6 +123,10 @@ class TensorRt:
             check_noise(seed, scale, tokens * logits)
         return self._noise(seeds, scale, tokens, logits)
 
+    def elapsed(self, run: Run, count: int) -> list[float]:
+        """Milliseconds on the GPU of each of so many runs, queued behind each other."""
+        return self._cuda.elapsed(run, count)
+
     def synchronize(self) -> None:
         """Wait until everything queued has run."""
         self._cuda.synchronize()
