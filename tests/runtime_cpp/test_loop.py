@@ -64,8 +64,14 @@ def test_a_wrong_trace_is_found_with_the_scale_where_it_begins(run, tmp_path):
     (root / "manifest.json").write_text(json.dumps(manifest))
     done = run(root, "--verify")
     assert done.returncode == 1
-    assert done.stdout.splitlines()[0].startswith(
-        "object: WRONG, 2 images; scale 1 is the first with tokens that differ,"
+
+    from toprovar.runtime.session import Session
+    from toprovar.runtime.verify import verify
+
+    lines = [str(one).rsplit(" by ", 1)[0] for one in verify(Session(root, threads=1)).classes]
+    assert [line.rsplit(" by ", 1)[0] for line in done.stdout.splitlines()] == lines
+    assert lines[0].startswith(
+        "object: WRONG, 2 images; scale 1 is the first that differs, in 1 of 8 tokens, all scales in "
     )
     done = run(root, "--bench")
     assert done.returncode == 2

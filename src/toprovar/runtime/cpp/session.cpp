@@ -159,37 +159,31 @@ int64_t labelNumber(Bundle const& bundle, std::string const& label) {
                      static_cast<int64_t>(labels.size()) - 1));
 }
 
-std::optional<int64_t> ClassVerdict::firstWrongScale() const noexcept {
-    for (auto const& [scale, wrong] : wrongTokens) {
-        if (wrong > 0) {
-            return scale;
-        }
-    }
-    return std::nullopt;
-}
-
 bool ClassVerdict::passed() const noexcept {
     return flips() <= mostFlips && imageError <= tolerance;
 }
 
 double ClassVerdict::flips() const noexcept {
-    size_t sum = 0;
-    for (auto const& [scale, wrong] : wrongTokens) {
-        sum += wrong;
+    Count sum;
+    for (auto const& [scale, count] : tokens) {
+        sum.wrong += count.wrong;
+        sum.all += count.all;
     }
-    return static_cast<double>(sum) / static_cast<double>(nbTokens);
+    return static_cast<double>(sum.wrong) / static_cast<double>(sum.all);
 }
 
 std::string ClassVerdict::line() const {
-    char error[64];
-    std::string found = text("tokens of all ", wrongTokens.size(), " scales are equal");
-    if (firstWrongScale()) {
-        std::snprintf(error, sizeof(error), "in %.2f%% (at most %g%%)", 100 * flips(), 100 * mostFlips);
-        found = text("scale ", *firstWrongScale(), " is the first with tokens that differ, all scales ", error);
+    char rest[96];
+    std::string found = text("tokens of all ", tokens.size(), " scales are equal");
+    auto const first = std::find_if(tokens.begin(), tokens.end(), [](auto const& one) { return one.second.wrong > 0; });
+    if (first != tokens.end()) {
+        std::snprintf(rest, sizeof(rest), "%.2f%% (at most %.2f%%)", 100 * flips(), 100 * mostFlips);
+        found = text("scale ", first->first, " is the first that differs, in ", first->second.wrong, " of ",
+                     first->second.all, " tokens, all scales in ", rest);
     }
-    std::snprintf(error, sizeof(error), "%.1e at most (tolerance %g)", imageError, tolerance);
+    std::snprintf(rest, sizeof(rest), "%.1e at most (tolerance %g)", imageError, tolerance);
     return text(promptClass, ": ", passed() ? "ok" : "WRONG", ", ", images, " images; ", found, "; pictures differ by ",
-                error);
+                rest);
 }
 
 std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional<double> tolerance) {
@@ -213,7 +207,6 @@ std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional
         verdict.images = images;
         verdict.tolerance = tolerance.value_or(limits.image);
         verdict.mostFlips = limits.flips;
-        std::map<int64_t, size_t> wrong;
         for (size_t begin = 0; begin < images; begin += batch) {
             Condition condition;
             if (manifest.takesText) {
@@ -232,12 +225,12 @@ std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional
             Trace const trace = loop.run(name, condition, {some.begin(), some.end()}, &follow);
             size_t const present = std::min(batch, images - begin);
             for (auto const& [scale, found] : trace.tokens) {
-                size_t const count = found.size() / batch * present;
-                for (size_t i = 0; i < count; ++i) {
-                    wrong[scale] += found[i] != follow.at(scale)[i] ? 1 : 0;
+                ClassVerdict::Count& count = verdict.tokens[scale];
+                size_t const all = found.size() / batch * present;
+                for (size_t i = 0; i < all; ++i) {
+                    count.wrong += found[i] != follow.at(scale)[i] ? 1 : 0;
                 }
-                wrong[scale] += 0;
-                verdict.nbTokens += count;
+                count.all += all;
             }
             auto const expected = rows(expectedImages, images, begin, batch);
             if (expected.size() != trace.images.size()) {
@@ -250,7 +243,6 @@ std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional
                 verdict.imageError = std::isnan(difference) ? INFINITY : std::max(verdict.imageError, difference);
             }
         }
-        verdict.wrongTokens.assign(wrong.begin(), wrong.end());
         verdicts.push_back(verdict);
     }
     return verdicts;

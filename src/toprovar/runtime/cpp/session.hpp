@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
 #include <string>
@@ -19,16 +20,18 @@ int64_t labelNumber(Bundle const& bundle, std::string const& label);
 struct ClassVerdict {
     std::string promptClass;
     size_t images = 0;
-    std::vector<std::pair<int64_t, size_t>> wrongTokens;  // scale, how many
-    size_t nbTokens = 0;                                  // of all scales
-    double imageError = 0;                                // largest difference of a pixel in [0, 1]
+    struct Count {
+        size_t wrong = 0;
+        size_t all = 0;
+    };
+    std::map<int64_t, Count> tokens;  // by scale
+    double imageError = 0;            // largest difference of a pixel in [0, 1]
     double tolerance = 0;
     double mostFlips = 0;
 
-    std::optional<int64_t> firstWrongScale() const noexcept;
     double flips() const noexcept;  // part of all tokens that differ
     bool passed() const noexcept;
-    std::string line() const;
+    std::string line() const;  // as runtime/verify.py says it
 };
 
 // Replays the golden trace, each scale shown the golden tokens of those before it; as runtime/verify.py, with its
