@@ -118,9 +118,9 @@ def compare(first: Path, second: Path, picture: Path | None) -> bool:
         from toprovar.runtime.pictures import to_bytes
 
         pixels, expected = np.asarray(Image.open(picture), np.int16), to_bytes(a["images"][0]).astype(np.int16)
-        different = np.abs(pixels - expected)
-        found = {"largest_difference_of_a_byte": int(different.max()), "bytes_that_differ": int((different > 0).sum())}
-        print(json.dumps({"png": picture.name, **found, "bytes": different.size}))
+        apart = np.abs(pixels - expected)
+        found = {"largest_difference_of_a_byte": int(apart.max()), "bytes_that_differ": int((apart > 0).sum())}
+        print(json.dumps({"png": picture.name, **found, "bytes": apart.size}))
     names = [name for name in a.files if name.startswith("tokens_")]
     different = sum(int((a[name] != b[name]).sum()) for name in names)
     worst = float(np.abs(a["images"] - b["images"]).max())
