@@ -7,11 +7,13 @@ import json
 import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from tests.runtime import tiny
 from toprovar.errors import BundleError, InputError, TargetError
@@ -35,8 +37,18 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
     trt = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.float32, trt.float16, trt.int32 = "float32", "float16", "int32"
-    names = {"PLUGIN_V2": 1, "CONSTANT": 2, "SHAPE": 3, "CAST": 4, "MATRIX_MULTIPLY": 5}
-    trt.LayerType = _Names(**names, **({"PLUGIN_V3": 6} if major >= 10 else {}))
+    names = {
+        "PLUGIN_V2": 1,
+        "CONSTANT": 2,
+        "SHAPE": 3,
+        "CAST": 4,
+        "MATRIX_MULTIPLY": 5,
+        "SHUFFLE": 7,
+        "SLICE": 8,
+        "GATHER": 9,
+    }
+    trt.LayerType = _Names(**names, ELEMENTWISE=10, **({"PLUGIN_V3": 6} if major >= 10 else {}))
+    kinds = {"Cast": 4, "MatMul": 5, "Reshape": 7, "Mul": 10, "Add": 10}
     flags = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 0}}
     trt.NetworkDefinitionCreationFlag = _Names(**flags[major])
     builder_flags = {"TF32": 7}
@@ -59,21 +71,47 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
             self.name, self.shape, self.dtype = name, shape, dtype
 
     class Layer:
-        def __init__(self, kind: int, dtype: str) -> None:
-            self.type, self.num_outputs, self._output = kind, 1, Tensor("y", (), dtype)
+        """Its output reads as fp32 or int32, whatever it will be: so it is in 8.6 before a build."""
+
+        def __init__(self, kind: int, name: str, inputs: list[Tensor], output: str, integer: bool = False) -> None:
+            self.type, self.name, self._inputs = kind, name, inputs
+            self.num_inputs, self.num_outputs = len(inputs), 1
+            self.output = Tensor(output, (), "int32" if integer else "float32")
+
+        def get_input(self, index: int) -> Tensor:
+            return self._inputs[index]
 
         def get_output(self, index: int) -> Tensor:
-            return self._output
+            return self.output
 
         def set_output_type(self, index: int, dtype: str) -> None:
-            asked.setdefault("types", []).append((self.type, dtype))
+            asked.setdefault("types", {})[self.name] = dtype
+
+        def __setattr__(self, name: str, value: object) -> None:
+            if name == "precision":
+                asked.setdefault("precisions", {})[self.name] = value
+            super().__setattr__(name, value)
 
     class Network:
-        def __init__(self, inputs: list[Tensor]) -> None:
+        def __init__(self, inputs: list[Tensor], nodes: Sequence[onnx.NodeProto], constants: dict[str, int]) -> None:
             self._inputs, self.num_inputs = inputs, len(inputs)
             kind = trt.LayerType.PLUGIN_V2 if major == 8 else trt.LayerType.PLUGIN_V3
-            self._layers = [Layer(kind, "float16") for _ in range(plugin_layers)]
-            self._layers += [Layer(5, "float16"), Layer(2, "float32"), Layer(5, "int32")]
+            self._layers = [Layer(kind, f"plugin {i}", inputs[:1], "kept") for i in range(plugin_layers)]
+            known = {one.name: one for one in inputs}
+            for name, dtype in constants.items():
+                constant = Layer(2, name, [], f"(Unnamed Layer* {len(self._layers)}) [Constant]_output", dtype == 7)
+                known[name] = constant.output
+                self._layers.append(constant)
+            for node in nodes:
+                read = [known[name] for name in node.input if name]
+                if node.op_type in ("Mul", "Add"):  # as the parser does it: constants get the rank of the other operand
+                    shuffle = Layer(
+                        7, f"(Unnamed Layer* {len(self._layers)}) [Shuffle]", read[1:], f"{node.name}.ranked"
+                    )
+                    self._layers.append(shuffle)
+                    read[1] = shuffle.output
+                self._layers.append(Layer(kinds.get(node.op_type, 10), node.name, read, node.output[0]))
+                known |= dict.fromkeys(node.output, self._layers[-1].output)
             self.num_layers = len(self._layers)
 
         def get_input(self, index: int) -> Tensor:
@@ -91,13 +129,17 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
         def parse_from_file(self, model: str) -> bool:
             proto = onnx.load(model, load_external_data=False)
             asked["opset"] = proto.opset_import[0].version
+            dtypes = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16", TensorProto.INT32: "int32"}
             inputs = [
                 Tensor(
-                    one.name, tuple(-1 if dim.dim_param else dim.dim_value for dim in one.type.tensor_type.shape.dim)
+                    one.name,
+                    tuple(-1 if dim.dim_param else dim.dim_value for dim in one.type.tensor_type.shape.dim),
+                    dtypes[one.type.tensor_type.elem_type],
                 )
                 for one in proto.graph.input
             ]
-            self._network.__init__(inputs)
+            nodes = [node for node in proto.graph.node if not node.domain]
+            self._network.__init__(inputs, nodes, {one.name: one.data_type for one in proto.graph.initializer})
             return True
 
     trt.OnnxParser = Parser
@@ -148,7 +190,7 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
 
         def create_network(self, flags: int) -> Network:
             asked["network"] = flags
-            return Network([])
+            return Network([], [], {})
 
         def create_builder_config(self) -> Config:
             return Config()
@@ -211,12 +253,46 @@ def test_each_version_is_asked_for_its_kind_of_network(make, graph, version, net
     assert [profile["x"][1] for profile in asked["profiles"]] == [(4, 2, 8), (16, 2, 8)]
 
 
-def test_the_weak_typing_of_8_6_is_made_strict(make, graph):
-    builder, asked = make("8.6.0", plugin_layers=1)
-    builder.build(graph, PROFILES, EngineOptions())
+@pytest.fixture
+def mixed(tmp_path) -> Path:
+    """A product in fp16 between sums in fp32, as a transformer block has it."""
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 8])]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2, 4])
+    random = np.random.default_rng(1)
+    arrays = {
+        "shift": random.normal(size=8).astype(np.float32),
+        "weight": random.normal(size=(8, 4)).astype(np.float16),
+        "half": np.float16(0.5),
+        "bias": random.normal(size=4).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Add", ["x", "shift"], ["shifted"], name="Add_0"),
+        helper.make_node("Cast", ["shifted"], ["short"], name="Cast_0", to=TensorProto.FLOAT16),
+        helper.make_node("MatMul", ["short", "weight"], ["product"], name="MatMul_0"),
+        helper.make_node("Mul", ["product", "half"], ["halved"], name="Mul_0"),
+        helper.make_node("Cast", ["halved"], ["long"], name="Cast_1", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["long", "bias"], ["y"], name="Add_1"),
+    ]
+    constants = [numpy_helper.from_array(np.asarray(values), name) for name, values in arrays.items()]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, [output], constants),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    onnx.save(proto, tmp_path / "mixed.onnx")
+    return tmp_path / "mixed.onnx"
+
+
+def test_the_weak_typing_of_8_6_is_made_strict(make, mixed):
+    profiles = [ShapeProfile.fixed({"x": (n, 2, 8)}) for n in (4, 16)]
+    builder, asked = make("8.6.0")
+    builder.build(mixed, profiles, EngineOptions())
     assert asked["flags"] == {7, 0, 12} and asked["preview"] == (2, True) and asked["sources"] == 1 << 3 | 1 << 4
-    assert asked["types"] == [(5, "float16")], "plugins, constants and integers are left alone"
-    _, asked = make("10.16.1.11", plugin_layers=1)
+    computed = {"Add_0": "float32", "product.product.node": "float16", "Mul_0": "float16", "Add_1": "float32"}
+    assert asked["types"] == computed, "what moves values is left alone; lower86 named the product"
+    assert asked["precisions"] == asked["types"]
+    builder, asked = make("10.16.1.11")
+    builder.build(mixed, profiles, EngineOptions())
     assert "types" not in asked
 
 

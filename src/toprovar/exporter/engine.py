@@ -52,7 +52,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_REVISION = 3
+_REVISION = 4
 """Of what is done to a graph before it is built, the lowering to 8.6 with it; part of the cache key."""
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -119,6 +119,7 @@ class TensorRtBuilder:
         parser = trt.OnnxParser(network, messages)
         with _readable(graph, profiles, self._major) as path:
             parsed = parser.parse_from_file(str(path))
+            types = _tensor_types(graph, path) if self._major == 8 else {}
         if not parsed:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise TargetError(f"target tensorrt: cannot parse {graph.name}: {_first(errors + messages.errors)}")
@@ -126,7 +127,7 @@ class TensorRtBuilder:
         config = builder.create_builder_config()
         self._configure(config, options)
         if self._major == 8:
-            _state_types(trt, network)
+            _state_types(trt, network, types)
         add_profiles(builder, network, config, profiles, f"target tensorrt: {graph.name}")
         cache = self._read_timing_cache(config)
         data = builder.build_serialized_network(network, config)
@@ -230,20 +231,45 @@ def check_plugin_layers(trt: Any, network: Any, graph: Path) -> None:
         )
 
 
-def _state_types(trt: Any, network: Any) -> None:
-    """Weak typing, made strict: each layer computes and returns the floating-point type that the graph states."""
-    floats = (trt.float32, trt.float16)
-    # Neither takes a precision: plugins choose by format, constants and shapes compute nothing.
-    left_alone = {trt.LayerType.PLUGIN_V2, trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.CAST}
+def _tensor_types(graph: Path, lowered: Path) -> dict[str, int]:
+    """ONNX types of a graph's tensors and of the constants that it has once it is lowered, by name."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False))
+    constants = onnx.load(str(lowered), load_external_data=False).graph
+    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {tensor.name: tensor.data_type for tensor in constants.initializer}
+    for node in constants.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            types[node.output[0]] = node.attribute[0].t.data_type
+    return types
+
+
+def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
+    """Weak typing, made strict: each layer that computes does so in the floating-point type that the graph states.
+
+    The network does not know it: before a build every floating-point tensor but its inputs reads as fp32, behind a cast to
+    fp16, too, and constants as well. Tensors that the parser or the lowering made have the type of what they are made from.
+    """
+    kinds = {onnx.TensorProto.FLOAT: trt.float32, onnx.TensorProto.FLOAT16: trt.float16}
+    floats, layers = tuple(kinds.values()), trt.LayerType
+    found = {network.get_input(i).name: network.get_input(i).dtype for i in range(network.num_inputs)}
+    # Plugins choose by format, casts say it themselves, the others move values as they are: told a type, they keep the
+    # builder's compiler from putting them together with what computes ("Mismatched type for tensor ... [Shuffle]").
+    left_alone = {layers.PLUGIN_V2, layers.CAST, layers.CONSTANT, layers.SHAPE, layers.SHUFFLE, layers.SLICE, layers.GATHER}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
-        outputs = [layer.get_output(j) for j in range(layer.num_outputs)]
-        if layer.type in left_alone or not outputs or outputs[0].dtype not in floats:
-            continue
-        layer.precision = outputs[0].dtype
-        for j, output in enumerate(outputs):
-            if output.dtype in floats:
-                layer.set_output_type(j, output.dtype)
+        inputs = [layer.get_input(j) for j in range(layer.num_inputs)]
+        read = next((found[one.name] for one in inputs if one is not None and found.get(one.name) in floats), None)
+        for j in range(layer.num_outputs):
+            output = layer.get_output(j)
+            if output.dtype not in floats:
+                continue
+            stated = types.get(output.name) or types.get(layer.name, 0)  # a constant's layer has its name
+            found[output.name] = kinds.get(stated, read or output.dtype)
+            if layer.type not in left_alone:
+                layer.set_output_type(j, found[output.name])
+                if not j:
+                    layer.precision = found[output.name]
 
 
 def _monitor(trt: Any, progress: Progress) -> Any:
