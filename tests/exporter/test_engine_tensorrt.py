@@ -253,37 +253,38 @@ def test_each_version_is_asked_for_its_kind_of_network(make, graph, version, net
     assert [profile["x"][1] for profile in asked["profiles"]] == [(4, 2, 8), (16, 2, 8)]
 
 
-@pytest.fixture
-def mixed(tmp_path) -> Path:
-    """A product in fp16 between sums in fp32, as a transformer block has it."""
+def write_block(path: Path, inner: int) -> Path:
+    """A product of type `inner` between sums in fp32, as a transformer block has it."""
+    short = helper.tensor_dtype_to_np_dtype(inner)
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, 8])]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 2, 4])
     random = np.random.default_rng(1)
     arrays = {
         "shift": random.normal(size=8).astype(np.float32),
-        "weight": random.normal(size=(8, 4)).astype(np.float16),
-        "half": np.float16(0.5),
+        "weight": random.normal(size=(8, 4)).astype(short),
+        "half": np.array(0.5, short),
         "bias": random.normal(size=4).astype(np.float32),
     }
     nodes = [
         helper.make_node("Add", ["x", "shift"], ["shifted"], name="Add_0"),
-        helper.make_node("Cast", ["shifted"], ["short"], name="Cast_0", to=TensorProto.FLOAT16),
+        helper.make_node("Cast", ["shifted"], ["short"], name="Cast_0", to=inner),
         helper.make_node("MatMul", ["short", "weight"], ["product"], name="MatMul_0"),
         helper.make_node("Mul", ["product", "half"], ["halved"], name="Mul_0"),
         helper.make_node("Cast", ["halved"], ["long"], name="Cast_1", to=TensorProto.FLOAT),
         helper.make_node("Add", ["long", "bias"], ["y"], name="Add_1"),
     ]
-    constants = [numpy_helper.from_array(np.asarray(values), name) for name, values in arrays.items()]
+    constants = [numpy_helper.from_array(values, name) for name, values in arrays.items()]
     proto = helper.make_model(
         helper.make_graph(nodes, "g", inputs, [output], constants),
         opset_imports=[helper.make_opsetid("", 20)],
         ir_version=10,
     )
-    onnx.save(proto, tmp_path / "mixed.onnx")
-    return tmp_path / "mixed.onnx"
+    onnx.save(proto, path)
+    return path
 
 
-def test_the_weak_typing_of_8_6_is_made_strict(make, mixed):
+def test_the_weak_typing_of_8_6_is_made_strict(make, tmp_path):
+    mixed = write_block(tmp_path / "mixed.onnx", TensorProto.FLOAT16)
     profiles = [ShapeProfile.fixed({"x": (n, 2, 8)}) for n in (4, 16)]
     builder, asked = make("8.6.0")
     builder.build(mixed, profiles, EngineOptions())
@@ -291,6 +292,12 @@ def test_the_weak_typing_of_8_6_is_made_strict(make, mixed):
     computed = {"Add_0": "float32", "product.product.node": "float16", "Mul_0": "float16", "Add_1": "float32"}
     assert asked["types"] == computed, "what moves values is left alone; lower86 named the product"
     assert asked["precisions"] == asked["types"]
+
+    builder, asked = make("8.6.0")
+    builder.build(write_block(tmp_path / "full.onnx", TensorProto.FLOAT), profiles, EngineOptions())
+    moves = {name: kind for name, kind in asked["types"].items() if name not in computed}
+    assert set(asked["types"].values()) == {"float32"} and any("[Shuffle]" in name for name in moves)
+
     builder, asked = make("10.16.1.11")
     builder.build(mixed, profiles, EngineOptions())
     assert "types" not in asked

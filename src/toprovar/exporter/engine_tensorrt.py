@@ -245,7 +245,7 @@ def _tensor_types(graph: Path, lowered: Path) -> dict[str, int]:
 
 
 def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
-    """Weak typing, made strict: each layer that computes does so in the floating-point type that the graph states.
+    """Weak typing, made strict: each layer computes and returns the floating-point type that the graph states.
 
     The network does not know it: before a build every floating-point tensor but its inputs reads as fp32, behind a cast to
     fp16, too, and constants as well. Tensors that the parser or the lowering made have the type of what they are made from.
@@ -253,9 +253,13 @@ def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
     kinds = {onnx.TensorProto.FLOAT: trt.float32, onnx.TensorProto.FLOAT16: trt.float16}
     floats, layers = tuple(kinds.values()), trt.LayerType
     found = {network.get_input(i).name: network.get_input(i).dtype for i in range(network.num_inputs)}
-    # Plugins choose by format, casts say it themselves, the others move values as they are: told a type, they keep the
-    # builder's compiler from putting them together with what computes ("Mismatched type for tensor ... [Shuffle]").
-    left_alone = {layers.PLUGIN_V2, layers.CAST, layers.CONSTANT, layers.SHAPE, layers.SHUFFLE, layers.SLICE, layers.GATHER}
+    # Plugins choose by format, casts say it themselves, constants and shapes compute nothing.
+    left_alone = {layers.PLUGIN_V2, layers.CAST, layers.CONSTANT, layers.SHAPE}
+    if onnx.TensorProto.FLOAT16 in types.values():
+        # Told a type, what only moves values keeps 8.6.0's compiler from building a graph of both types ("Mismatched type
+        # for tensor ... [Shuffle]"). In one of fp32 alone it must be told, or values may be moved as fp16: `advance` held
+        # logits against a threshold so rounded, and every token fell below it.
+        left_alone |= {layers.SHUFFLE, layers.SLICE, layers.GATHER}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
         inputs = [layer.get_input(j) for j in range(layer.num_inputs)]

@@ -2,8 +2,9 @@
 
 Sampling is discontinuous: one token that flips changes every scale behind it. So each scale is shown the golden tokens
 of the scales before it, and its own are compared. Two correct runtimes choose differently where two tokens are as likely
-within rounding: in fp16 PyTorch and ONNX Runtime do so for 0.3 to 0.5 percent of the class demo's tokens, in fp32 for one of
-the text demo's 40336 bits. A kernel that is wrong changes far more than `MOST_FLIPS` of them.
+within rounding: in fp16 PyTorch and ONNX Runtime do so for 0.3 to 0.9 percent of the class demo's tokens, PyTorch and
+TensorRT 8.6.0 for up to 2.5, in fp32 for one of the text demo's 40336 bits. What is wrong changes far more than `MOST_FLIPS` of
+them: an `advance` that rounded a threshold to fp16 changed 55 to 89 percent.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ __all__ = ["IMAGE_TOLERANCE", "ClassVerdict", "Verdict", "verify"]
 
 IMAGE_TOLERANCE = {"float32": 1e-3, "float16": 2 / 255, "bfloat16": 2 / 255}
 """Largest difference of a pixel in [0, 1] between two targets: a quarter of one step of 8 bits, two steps in half."""
-MOST_FLIPS = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
+MOST_FLIPS = {"float32": 1e-4, "float16": 0.04, "bfloat16": 0.1}
 """Largest part of the tokens (of the bits, where a token is made of bits) that may differ; in fp32 less than one token of the
 class demo, four bits of the text demo."""
 

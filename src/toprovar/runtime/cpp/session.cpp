@@ -26,7 +26,7 @@ struct Limits {
     double image;
     double flips;
 };
-constexpr Limits kLIMITS[] = {{"float32", 1e-3, 1e-4}, {"float16", 2.0 / 255, 0.02}, {"bfloat16", 2.0 / 255, 0.1}};
+constexpr Limits kLIMITS[] = {{"float32", 1e-3, 1e-4}, {"float16", 2.0 / 255, 0.04}, {"bfloat16", 2.0 / 255, 0.1}};
 
 Limits const& limitsOf(Bundle const& bundle) {
     for (Limits const& limits : kLIMITS) {
