@@ -14,7 +14,7 @@ from toprovar.errors import BundleError, InputError
 from toprovar.profiles.files import pretty_json
 from toprovar.runtime import bench, compare
 from toprovar.runtime.session import Result, Session
-from toprovar.runtime.verify import verify
+from toprovar.runtime.verify import MOST_FLIPS, WIDEST_MARGIN, verify
 
 from . import tiny
 
@@ -45,6 +45,23 @@ def test_the_first_scale_that_differs_is_named(bundle: Path) -> None:
     assert verdict.classes[0].first_wrong_scale == 1
     assert "WRONG" in str(verdict.classes[0])
     assert "scale 1 is the first that differs, in 1 of 8 tokens" in str(verdict.classes[0])
+
+
+def test_a_token_that_differs_is_a_close_call_or_wrong(tmp_path: Path) -> None:
+    """In half precision one of 28 tokens may differ, if it was nearly drawn."""
+    found = {}
+    for token in range(tiny.LOGITS):
+        root = tiny.write_half_bundle(tmp_path / f"{token}.bundle", token)
+        found[token] = verify(Session(root, threads=1), tolerance=1).classes[0]  # pictures show the token
+    kinds = {
+        token: "same" if one.margin == 0 else "close" if one.margin <= WIDEST_MARGIN["float16"] else "far"
+        for token, one in found.items()
+    }
+    assert {token: one.passed for token, one in found.items()} == {t: kind != "far" for t, kind in kinds.items()}
+    assert set(kinds.values()) >= {"same", "far"}
+    assert all(one.flips <= MOST_FLIPS["float16"] for one in found.values())
+    far = next(str(one) for token, one in found.items() if kinds[token] == "far")
+    assert "WRONG" in far and "of the largest logit (at most 3.12%)" in far
 
 
 @pytest.mark.parametrize(("error", "passes"), [(9e-4, True), (2e-3, False), (np.nan, False)])

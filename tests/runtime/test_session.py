@@ -11,7 +11,9 @@ import pytest
 
 from toprovar.errors import BundleError, InputError, TargetError
 from toprovar.profiles.noise import scale_noise
+from toprovar.runtime.binding import Turn
 from toprovar.runtime.bundle import open_bundle
+from toprovar.runtime.loop import MARGINS, Loop
 from toprovar.runtime.session import Session, TextFeatures
 from toprovar.runtime.target import Array, Buffer
 from toprovar.runtime.verify import verify
@@ -95,6 +97,31 @@ def test_a_picture_that_follows_the_tokens_of_another(session: Session) -> None:
     first = min(given)
     np.testing.assert_array_equal(followed.tokens[0][first], own.tokens[0][first])
     assert any((own.tokens[0][scale] != tokens[0]).any() for scale, tokens in given.items())
+
+
+def test_how_far_followed_tokens_are_from_being_drawn(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the scores of the toy model: how much the token's must rise to be the highest."""
+    seen: dict[int, tuple[Array, Array]] = {}
+    margins_of = Loop._margins
+
+    def record(loop: Loop, turn: Turn, tokens: Array) -> Array:
+        seen[turn.scale] = loop._target.read(turn.logits), loop._target.read(turn.noise)  # type: ignore[arg-type]
+        return margins_of(loop, turn, tokens)
+
+    monkeypatch.setattr(Loop, "_margins", record)
+    kinds = set()
+    for seed in range(8):
+        given = {scale: tokens[None] for scale, tokens in session.generate(["disc"], [seed]).tokens[0].items()}
+        followed = session.generate(["disc"], [seed + 1], follow=given)
+        for scale, margins in followed.margins[0].items():
+            logits, noise = (values.astype(np.float64) for values in seen[scale])
+            scores = 1.5 * logits[:, 0] - 0.5 * logits[:, 1] - np.log(-np.log(noise[:, 0]))
+            gaps = scores.max(1) - np.take_along_axis(scores, given[scale][0][:, None], 1)[:, 0]
+            parts = gaps / np.abs(logits).max()
+            expected = [0.0 if part <= 0 else next((m for m in MARGINS if m >= part), np.inf) for part in parts]
+            np.testing.assert_array_equal(margins, expected)
+            kinds |= {"drawn" if m == 0 else "far" if m == np.inf else "close" for m in expected}
+    assert kinds == {"drawn", "close", "far"}
 
 
 def test_noise_is_drawn_ahead_and_not_for_a_picture_that_was_interrupted(

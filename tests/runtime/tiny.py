@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.parser
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from toprovar import __version__
 from toprovar.kernels.contract import CONTRACT_VERSION
@@ -379,6 +379,16 @@ def write_bundle(
         },
     }
     write_manifest(root, manifest)
+    return root
+
+
+def write_half_bundle(root: Path, token: int) -> Path:
+    """A bundle that says it is in half precision, with `token` as one of the 28 golden tokens of `object`."""
+    write_bundle(root)
+    golden = load_file(root / "golden.safetensors")
+    golden["object/tokens_2"][1, 2] = token  # of the last scale: nothing follows
+    save_file(golden, root / "golden.safetensors")
+    write_manifest(root, {**json.loads((root / "manifest.json").read_text()), "precision": "float16"})
     return root
 
 

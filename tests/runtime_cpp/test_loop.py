@@ -73,6 +73,14 @@ def test_a_wrong_trace_is_found_with_the_scale_where_it_begins(run, tmp_path):
     assert lines[0].startswith(
         "object: WRONG, 2 images; scale 1 is the first that differs, in 1 of 8 tokens, all scales in "
     )
+    for token in range(tiny.LOGITS):
+        half = tiny.write_half_bundle(tmp_path / f"{token}.bundle", token)
+        done = run(half, "--verify", "--tolerance", 1)
+        verdict = verify(Session(half, threads=1), tolerance=1)
+        assert done.returncode == (0 if verdict.passed else 1)
+        lines = [str(one).rsplit(" by ", 1)[0] for one in verdict.classes]
+        assert [line.rsplit(" by ", 1)[0] for line in done.stdout.splitlines()] == lines
+
     done = run(root, "--bench")
     assert done.returncode == 2
     assert "fails its golden trace, so nothing is measured" in done.stderr

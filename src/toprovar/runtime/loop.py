@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
@@ -18,7 +18,7 @@ from toprovar.runtime.bundle import Bundle
 from toprovar.runtime.machine import usable_cores
 from toprovar.runtime.target import Array, Buffer, Run, Target
 
-__all__ = ["Loop", "ScaleTiming", "Timing", "Trace"]
+__all__ = ["MARGINS", "Loop", "ScaleTiming", "Timing", "Trace"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,15 @@ class Trace:
     """What one batch gave.
 
     tokens by scale, each `[B, N]` or `[B, N, bits]` int32; codes `[B, Cv, h, w]`; images `[B, 3, height, width]` in
-    [0, 1].
+    [0, 1]. margins, shaped like tokens, of a run that followed others: by how much the logits of those must rise until
+    they are drawn, as a part of the scale's largest logit; 0 where they are, infinity where no `MARGINS` will do.
     """
 
     tokens: dict[int, Array]
     codes: Array
     images: Array
     timing: Timing
+    margins: dict[int, Array] = field(default_factory=dict)
 
 
 _NOISE_THREADS = 4
@@ -117,6 +119,7 @@ class Loop:
 
         scales: list[ScaleTiming] = []
         given: dict[int, Array] = {}
+        margins: dict[int, Array] = {}
         with self._noise_ahead(turns, seeds) as noise:
             prefix_ms = self.timed(bound.prefix)
             for turn, drawn in zip(turns, noise, strict=True):
@@ -126,7 +129,8 @@ class Loop:
                 scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
                 if follow is not None:
                     given[turn.scale] = read(turn.tokens)
-                    self._target.write(turn.logits, _certain(follow[turn.scale], turn.logits))
+                    margins[turn.scale] = self._margins(turn, follow[turn.scale])
+                    self._target.write(turn.logits, _CERTAIN_LOGIT * _chosen(follow[turn.scale], turn.logits))
                     turn.advance()  # reads the codes that it read before, and writes over what it gave
                 on_scale()
         decode_ms = self.timed(bound.decode[len(turns) % 2])
@@ -138,11 +142,27 @@ class Loop:
             codes=read(bound.codes(len(turns))),
             images=images,
             timing=Timing(prompt_class, bound.batch, prefix_ms, tuple(scales), decode_ms, total_ms),
+            margins=margins,
         )
 
     def turns(self, prompt_class: str) -> Sequence[Turn]:
         """The scales of a prompt class, bound."""
         return self._bound.turns[prompt_class]
+
+    def _margins(self, turn: Turn, tokens: Array) -> Array:
+        """See `Trace`; of a turn that has run. Leaves other logits behind."""
+        found = np.where(self._target.read(turn.tokens) == tokens, 0.0, np.inf)
+        if not found.any():
+            return found
+        logits, chosen = self._target.read(turn.logits), _chosen(tokens, turn.logits)
+        largest = np.abs(logits).max()
+        for margin in MARGINS:
+            self._target.write(turn.logits, (logits + margin * largest * chosen).astype(logits.dtype))
+            turn.advance()
+            found = np.minimum(found, np.where(self._target.read(turn.tokens) == tokens, margin, np.inf))
+            if np.isfinite(found).all():
+                break
+        return found
 
     def timed(self, run: Run) -> float:
         """Milliseconds from asking for a run until it is done."""
@@ -185,16 +205,19 @@ class Loop:
         self._target.write(buffer, np.ascontiguousarray(values, dtype=buffer.dtype))
 
 
+MARGINS = tuple(2.0**-k for k in range(12, 2, -1))
+"""Parts of the largest logit by which those of another token are raised, to see how far it was from being drawn."""
+
 _CERTAIN_LOGIT = 1e3
 """Above all others, which are 0: no noise, guidance or temperature changes the choice, and fp16 holds the sum of both."""
 
 
-def _certain(tokens: Array, logits: Buffer) -> Array:
-    """Logits `[N, R, V]` from which `advance` can only draw these tokens, `[B, N]`, or `[B, N, bits]` of V = bits * 2."""
+def _chosen(tokens: Array, logits: Buffer) -> Array:
+    """1 at these tokens, `[B, N]`, or `[B, N, bits]` of V = bits * 2, and 0 elsewhere, `[N, R, V]` as logits are."""
     count, rows, values = logits.shape
     each = tokens.reshape(len(tokens), count, -1).swapaxes(0, 1)  # [N, B, 1 or bits]
     choices = values // each.shape[2]
-    certain = np.zeros((*each.shape, choices), logits.dtype)
+    chosen = np.zeros((*each.shape, choices), logits.dtype)
     # A golden trace that was tampered with may hold any number; it is counted as wrong where tokens are compared.
-    np.put_along_axis(certain, each.clip(0, choices - 1)[..., None], _CERTAIN_LOGIT, axis=3)
-    return np.tile(certain.reshape(count, len(tokens), values), (1, rows // len(tokens), 1))
+    np.put_along_axis(chosen, each.clip(0, choices - 1)[..., None], 1, axis=3)
+    return np.tile(chosen.reshape(count, len(tokens), values), (1, rows // len(tokens), 1))

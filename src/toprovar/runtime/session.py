@@ -24,7 +24,8 @@ class Result:
     """I pictures, in the order in which they were asked for.
 
     images `[I, 3, height, width]` fp32 in [0, 1] RGB; tokens of each image by scale, `[N]` or `[N, bits]` int32;
-    codes `[I, Cv, h, w]`; prompt_classes of the images; one `Timing` per batch.
+    codes `[I, Cv, h, w]`; prompt_classes of the images; one `Timing` per batch; margins as in `Trace`, where the loop has
+    them.
     """
 
     images: Array
@@ -32,6 +33,7 @@ class Result:
     codes: Array
     prompt_classes: tuple[str, ...]
     timings: tuple[Timing, ...]
+    margins: tuple[dict[int, Array], ...] = ()
 
 
 class Session:
@@ -168,6 +170,7 @@ class Session:
         images: list[Array] = [np.empty(0)] * len(classes)
         codes: list[Array] = [np.empty(0)] * len(classes)
         tokens: list[dict[int, Array]] = [{}] * len(classes)
+        margins: list[dict[int, Array]] = [{}] * len(classes)
         timings = []
         for batch in batches:
             trace = self.loop(len(batch)).run(
@@ -181,7 +184,8 @@ class Session:
             for row, image in enumerate(batch):
                 images[image], codes[image] = trace.images[row], trace.codes[row]
                 tokens[image] = {scale: values[row] for scale, values in trace.tokens.items()}
-        return Result(np.stack(images), tuple(tokens), np.stack(codes), classes, tuple(timings))
+                margins[image] = {scale: values[row] for scale, values in trace.margins.items()}
+        return Result(np.stack(images), tuple(tokens), np.stack(codes), classes, tuple(timings), tuple(margins))
 
     def loop(self, batch: int) -> Loop:
         """The loop of this many images at once; made when it is first asked for."""

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -340,8 +341,14 @@ Trace Loop::run(std::string const& promptClass, Condition const& condition, std:
         timing.advanceMs = measured(turn.advance);
         trace.timing.scales.push_back(timing);
         if (follow != nullptr) {
-            trace.tokens[turn.scale] = readTokens(turn);
-            writeCertain(turn, follow->at(turn.scale));
+            auto const& tokens = follow->at(turn.scale);
+            auto const& drawn = trace.tokens[turn.scale] = readTokens(turn);
+            std::vector<float> certain = chosen(turn, tokens);
+            trace.margins[turn.scale] = margins(turn, tokens, drawn, certain);
+            for (float& logit : certain) {
+                logit *= kCERTAIN_LOGIT;
+            }
+            writeLogits(turn, certain);
             turn.advance();  // reads the codes that it read before, and writes over what it gave
         }
     }
@@ -414,7 +421,8 @@ std::vector<int64_t> Loop::readTokens(Turn const& turn) {
 }
 
 // Logits [N, R, V] from which advance can only draw these tokens, [B, N], or [B, N, bits] with V = bits * 2.
-void Loop::writeCertain(Turn const& turn, std::vector<int64_t> const& tokens) {
+// 1 at these tokens and 0 elsewhere, shaped like logits.
+std::vector<float> Loop::chosen(Turn const& turn, std::vector<int64_t> const& tokens) const {
     if (tokens.size() != turn.tokens.count()) {
         throw Error(text(bundle_.root().string(), ": golden tokens of scale ", turn.scale, " are ", tokens.size(),
                          " values, not ", turn.tokens.count(), "; export it again"));
@@ -423,19 +431,58 @@ void Loop::writeCertain(Turn const& turn, std::vector<int64_t> const& tokens) {
     int64_t const values = turn.logits.shape[2];
     int64_t const bits = static_cast<int64_t>(tokens.size()) / (batch_ * count);
     int64_t const choices = values / bits;
-    std::vector<float> certain(turn.logits.count(), 0.F);
+    std::vector<float> chosen(turn.logits.count(), 0.F);
     for (int64_t n = 0; n < count; ++n) {
         for (int64_t row = 0; row < rows_; ++row) {
             for (int64_t bit = 0; bit < bits; ++bit) {
                 // A golden trace may hold any number; it is counted as wrong where tokens are compared.
                 auto const from = static_cast<size_t>(((row % batch_) * count + n) * bits + bit);
                 int64_t const choice = std::clamp<int64_t>(tokens[from], 0, choices - 1);
-                certain[static_cast<size_t>((n * rows_ + row) * values + bit * choices + choice)] = kCERTAIN_LOGIT;
+                chosen[static_cast<size_t>((n * rows_ + row) * values + bit * choices + choice)] = 1;
             }
         }
     }
+    return chosen;
+}
+
+// Of a turn that has run and drawn `drawn`; leaves other logits behind.
+std::vector<double> Loop::margins(Turn const& turn, std::vector<int64_t> const& tokens,
+                                  std::vector<int64_t> const& drawn, std::vector<float> const& chosen) {
+    std::vector<double> found(tokens.size(), INFINITY);
+    size_t left = tokens.size();
+    auto const note = [&](std::vector<int64_t> const& now, double margin) {
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            if (std::isinf(found[i]) && now[i] == tokens[i]) {
+                found[i] = margin;
+                --left;
+            }
+        }
+    };
+    note(drawn, 0);
+    if (left == 0) {
+        return found;
+    }
+    std::vector<float> const logits = readFloats(turn.logits);
+    float largest = 0;
+    for (float const logit : logits) {
+        largest = std::max(largest, std::fabs(logit));
+    }
+    std::vector<float> raised(logits.size());
+    for (double margin = kSMALLEST_MARGIN; margin <= kWIDEST_MARGIN && left > 0; margin *= 2) {
+        auto const much = static_cast<float>(margin) * largest;
+        for (size_t i = 0; i < logits.size(); ++i) {
+            raised[i] = logits[i] + much * chosen[i];
+        }
+        writeLogits(turn, raised);
+        turn.advance();
+        note(readTokens(turn), margin);
+    }
+    return found;
+}
+
+void Loop::writeLogits(Turn const& turn, std::vector<float> const& values) {
     std::vector<uint8_t> bytes(turn.logits.sizeBytes());
-    fromFloat(certain.data(), certain.size(), turn.logits.type, bytes.data());
+    fromFloat(values.data(), values.size(), turn.logits.type, bytes.data());
     target_.write(turn.logits, bytes.data());
 }
 

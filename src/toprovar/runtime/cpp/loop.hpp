@@ -35,9 +35,18 @@ struct Timing {
 // By scale, each [B, N] or [B, N, bits].
 using Tokens = std::map<int64_t, std::vector<int64_t>>;
 
-// What one batch gave: tokens by scale; codes [B, Cv, h, w]; images [B, 3, height, width].
+// Shaped like tokens: by how much the logits of a token that was followed must rise until it is drawn, as a part of the
+// scale's largest logit; 0 where it is, infinity where none of the parts tried will do: the powers of two between these
+// (runtime/loop.py: MARGINS).
+using Margins = std::map<int64_t, std::vector<double>>;
+constexpr double kSMALLEST_MARGIN = 1.0 / 4096;
+constexpr double kWIDEST_MARGIN = 1.0 / 8;
+
+// What one batch gave: tokens by scale, and margins of a run that followed others; codes [B, Cv, h, w]; images
+// [B, 3, height, width].
 struct Trace {
     Tokens tokens;
+    Margins margins;
     std::vector<float> codes;
     std::vector<float> images;
     Timing timing;
@@ -87,7 +96,10 @@ private:
     int64_t cached(ScaleStep const& step) const;
     void writeFloats(std::string const& name, std::vector<float> const& values);
     void writeIntegers(std::string const& name, std::vector<int32_t> const& values);
-    void writeCertain(Turn const& turn, std::vector<int64_t> const& tokens);
+    void writeLogits(Turn const& turn, std::vector<float> const& values);
+    std::vector<float> chosen(Turn const& turn, std::vector<int64_t> const& tokens) const;
+    std::vector<double> margins(Turn const& turn, std::vector<int64_t> const& tokens, std::vector<int64_t> const& drawn,
+                                std::vector<float> const& chosen);
     std::vector<int64_t> readTokens(Turn const& turn);
     std::vector<float> readFloats(Buffer const& buffer);
     double measured(Run const& run);

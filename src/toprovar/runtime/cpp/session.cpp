@@ -20,13 +20,15 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-// runtime/verify.py: IMAGE_TOLERANCE and MOST_FLIPS, by precision.
+// runtime/verify.py: IMAGE_TOLERANCE, MOST_FLIPS and WIDEST_MARGIN, by precision.
 struct Limits {
     char const* precision;
     double image;
     double flips;
+    double margin;
 };
-constexpr Limits kLIMITS[] = {{"float32", 1e-3, 1e-4}, {"float16", 2.0 / 255, 0.04}, {"bfloat16", 2.0 / 255, 0.1}};
+constexpr Limits kLIMITS[] = {
+    {"float32", 1e-3, 1e-4, 1.0 / 4096}, {"float16", 2.0 / 255, 0.04, 1.0 / 32}, {"bfloat16", 2.0 / 255, 0.1, 1.0 / 8}};
 
 Limits const& limitsOf(Bundle const& bundle) {
     for (Limits const& limits : kLIMITS) {
@@ -160,7 +162,7 @@ int64_t labelNumber(Bundle const& bundle, std::string const& label) {
 }
 
 bool ClassVerdict::passed() const noexcept {
-    return flips() <= mostFlips && imageError <= tolerance;
+    return margin <= widestMargin && flips() <= mostFlips && imageError <= tolerance;
 }
 
 double ClassVerdict::flips() const noexcept {
@@ -180,6 +182,11 @@ std::string ClassVerdict::line() const {
         std::snprintf(rest, sizeof(rest), "%.2f%% (at most %.2f%%)", 100 * flips(), 100 * mostFlips);
         found = text("scale ", first->first, " is the first that differs, in ", first->second.wrong, " of ",
                      first->second.all, " tokens, all scales in ", rest);
+        std::snprintf(rest, sizeof(rest), std::isinf(margin) ? "more than %.2f%%" : "up to %.2f%%",
+                      100 * std::min(margin, kWIDEST_MARGIN));
+        found += text(", by ", rest);
+        std::snprintf(rest, sizeof(rest), " of the largest logit (at most %.2f%%)", 100 * widestMargin);
+        found += rest;
     }
     std::snprintf(rest, sizeof(rest), "%.1e at most (tolerance %g)", imageError, tolerance);
     return text(promptClass, ": ", passed() ? "ok" : "WRONG", ", ", images, " images; ", found, "; pictures differ by ",
@@ -207,6 +214,7 @@ std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional
         verdict.images = images;
         verdict.tolerance = tolerance.value_or(limits.image);
         verdict.mostFlips = limits.flips;
+        verdict.widestMargin = limits.margin;
         for (size_t begin = 0; begin < images; begin += batch) {
             Condition condition;
             if (manifest.takesText) {
@@ -227,8 +235,10 @@ std::vector<ClassVerdict> verify(Bundle const& bundle, Loop& loop, std::optional
             for (auto const& [scale, found] : trace.tokens) {
                 ClassVerdict::Count& count = verdict.tokens[scale];
                 size_t const all = found.size() / batch * present;
+                auto const& margins = trace.margins.at(scale);
                 for (size_t i = 0; i < all; ++i) {
                     count.wrong += found[i] != follow.at(scale)[i] ? 1 : 0;
+                    verdict.margin = std::max(verdict.margin, margins[i]);
                 }
                 count.all += all;
             }

@@ -28,6 +28,8 @@ struct ClassVerdict {
     double imageError = 0;            // largest difference of a pixel in [0, 1]
     double tolerance = 0;
     double mostFlips = 0;
+    double margin = 0;  // the widest of a token, see Trace
+    double widestMargin = 0;
 
     double flips() const noexcept;  // part of all tokens that differ
     bool passed() const noexcept;
