@@ -364,7 +364,13 @@ def test_trtexec_commands_name_every_profile():
     assert "--stronglyTyped" not in line, "11 knows nothing else"
     lines = emit_trtexec("8.6.0", Path("step.onnx"), PROFILES, options, Path("p.so"), Path("step.engine"))
     assert [re.search(r"--saveEngine=(\S+)", line).group(1) for line in lines] == ["step.0.engine", "step.1.engine"]
-    assert all("--fp16 --precisionConstraints=obey" in line and "--profile" not in line for line in lines)
+    assert all("--fp16" not in line and "--profile" not in line for line in lines)
+    types = {"Add_0": "fp32", "MatMul_0": "fp16"}
+    lines = emit_trtexec("8.6.0", Path("step.onnx"), PROFILES, options, Path("p.so"), Path("step.engine"), (), types)
+    said = (
+        "--fp16 --precisionConstraints=obey --layerPrecisions=Add_0:fp32,MatMul_0:fp16 --layerOutputTypes=Add_0:fp32,"
+    )
+    assert all(said in line for line in lines)
 
 
 def test_trtexec_commands_of_a_bundle(tmp_path):
@@ -383,6 +389,18 @@ def test_commands_of_a_cut_graph_are_refused(tmp_path, capsys):
     root = tiny.write_bundle(tmp_path / "tiny.bundle")
     assert engine_tensorrt.main([str(root), "--emit-trtexec", "--stages", "2"]) == 2
     assert capsys.readouterr().err == "error: --emit-trtexec: trtexec builds whole graphs; leave out --stages\n"
+
+
+@pytest.mark.parametrize("inner", [TensorProto.FLOAT16, TensorProto.FLOAT])
+def test_trtexec_is_told_the_types_that_layers_are_told(make, tmp_path, inner):
+    path = write_block(tmp_path / "block.onnx", inner)
+    builder, asked = make("8.6.0")
+    builder.build(path, [ShapeProfile.fixed({"x": (4, 2, 8)})], EngineOptions())
+    given = engine_tensorrt._layer_types(onnx.load(path))
+    if inner == TensorProto.FLOAT:
+        assert given is None, "nothing but fp32 is allowed"
+    else:
+        assert {name: kind.replace("float", "fp") for name, kind in asked["types"].items()} == given
 
 
 def test_what_builds_engines_imports_no_torch():

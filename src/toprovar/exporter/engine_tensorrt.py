@@ -119,7 +119,9 @@ class TensorRtBuilder:
         parser = trt.OnnxParser(network, messages)
         with _readable(graph, profiles, self._major) as path:
             parsed = parser.parse_from_file(str(path))
-            types = _tensor_types(graph, path) if self._major == 8 else {}
+            if self._major == 8:
+                model, lowered = (onnx.load(str(one), load_external_data=False) for one in (graph, path))
+                types = _types_of(onnx.shape_inference.infer_shapes(model), lowered)
         if not parsed:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise TargetError(f"target tensorrt: cannot parse {graph.name}: {_first(errors + messages.errors)}")
@@ -231,17 +233,14 @@ def check_plugin_layers(trt: Any, network: Any, graph: Path) -> None:
         )
 
 
-def _tensor_types(graph: Path, lowered: Path) -> dict[str, int]:
+def _types_of(model: onnx.ModelProto, lowered: onnx.ModelProto) -> dict[str, int]:
     """ONNX types of a graph's tensors and of the constants that it has once it is lowered, by name."""
-    model = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False))
-    constants = onnx.load(str(lowered), load_external_data=False).graph
     values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types |= {tensor.name: tensor.data_type for tensor in constants.initializer}
-    for node in constants.node:
+    types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
+    for node in lowered.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             types[node.output[0]] = node.attribute[0].t.data_type
-    return types
+    return types | {value.name: value.type.tensor_type.elem_type for value in values}
 
 
 def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
@@ -311,6 +310,7 @@ def emit_trtexec(
     plugins: Path,
     engine: Path,
     stated: Collection[str] = (),
+    types: Mapping[str, str] | None = None,
 ) -> list[str]:
     """The trtexec commands that build the same engine.
 
@@ -320,10 +320,13 @@ def emit_trtexec(
 
     Args:
         stated: inputs all sizes of which the graph states; trtexec refuses shapes where every input is one of them.
+        types: of layers of 8.6, ``fp32`` or ``fp16`` by name; None where the graph is of fp32 alone.
     """
     major = int(version.split(".")[0])
     base = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={plugins}"]
-    base += ["--fp16", "--precisionConstraints=obey"] if major == 8 else []
+    if major == 8 and types:
+        spec = ",".join(f"{name}:{kind}" for name, kind in types.items())
+        base += ["--fp16", "--precisionConstraints=obey", f"--layerPrecisions={spec}", f"--layerOutputTypes={spec}"]
     base += ["--stronglyTyped"] if major == 10 else []
     base += [] if options.tf32 else ["--noTF32"]
     if options.workspace_bytes is not None:
@@ -528,16 +531,45 @@ def trtexec_commands(folder: Path, options: EngineOptions, version: str | None =
             ),
             options.shared_tokens,
         )
-        path, stated = folder / graph.file, []
+        path, stated, types = folder / graph.file, [], None
         if version.startswith("8."):
             lowered = path.with_suffix(".opset17.onnx")
-            sizes = fixed_sizes(onnx.load(str(path), load_external_data=False), profiles)
+            model = onnx.load(str(path), load_external_data=False)
+            sizes = fixed_sizes(model, profiles)
+            fix_sizes(model, sizes)
+            types = _layer_types(model)
             words = [f"--size={size}={value}" for size, value in sizes.items()]
             lines.append(shlex.join(["python", "-m", "toprovar.exporter.lower86", str(path), str(lowered), *words]))
             path = lowered
             stated = [one.name for one in graph.inputs if all(not isinstance(n, str) or n in sizes for n in one.shape)]
-        lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine", stated)
+        lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine", stated, types)
     return lines
+
+
+_MOVES = frozenset(
+    "Expand Flatten Gather GatherElements GatherND Pad Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split()
+)
+"""Operators whose layers move values (see `_state_types`)."""
+
+
+def _layer_types(model: onnx.ModelProto) -> dict[str, str] | None:
+    """What `_state_types` tells the layers of a graph in both types, by the names of the lowered nodes that become them."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    if onnx.TensorProto.FLOAT16 not in _types_of(inferred, inferred).values():
+        return None
+    lowered = lower(model)
+    types = _types_of(inferred, lowered)
+    kinds, found = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}, {}
+    for node in lowered.graph.node:
+        read = next((types[name] for name in node.input if types.get(name) in kinds), 0)
+        if node.op_type == "Cast":
+            read = next(one.i for one in node.attribute if one.name == "to")
+        for name in node.output:
+            types.setdefault(name, read)
+        computes = not node.domain and node.op_type not in (*_MOVES, "Cast", "Constant", "Shape")
+        if computes and len(node.output) == 1 and types[node.output[0]] in kinds:
+            found[node.name] = kinds[types[node.output[0]]]
+    return found
 
 
 if __name__ == "__main__":
