@@ -439,7 +439,7 @@ def verify(
     checkpoint: TorchCheckpointOption = None,
     vae: TorchVaeOption = None,
 ) -> None:
-    """Replay the golden trace of a bundle. Equal tokens, equal pictures: exit status 1 if not."""
+    """Replay the golden trace of a bundle: equal tokens (but for close calls), equal pictures; exit status 1 if not."""
     from toprovar.runtime import verify as verification
 
     if tolerance is not None and not 0 <= tolerance <= 1:
