@@ -320,13 +320,14 @@ def emit_trtexec(
 
     Args:
         stated: inputs all sizes of which the graph states; trtexec refuses shapes where every input is one of them.
-        types: of layers of 8.6, ``fp32`` or ``fp16`` by name; None where the graph is of fp32 alone.
+        types: for 8.6, of layers' outputs by the layer's name, as trtexec writes them: ``fp16``, ``fp32+int32``.
     """
     major = int(version.split(".")[0])
     base = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={plugins}"]
-    if major == 8 and types:
-        spec = ",".join(f"{name}:{kind}" for name, kind in types.items())
-        base += ["--fp16", "--precisionConstraints=obey", f"--layerPrecisions={spec}", f"--layerOutputTypes={spec}"]
+    if major == 8:
+        spec = [f"{name}:{outputs}" for name, outputs in (types or {}).items()]
+        base += ["--fp16", "--precisionConstraints=obey", f"--layerOutputTypes={','.join(spec)}"]
+        base.append(f"--layerPrecisions={','.join(one.split('+')[0] for one in spec)}")
     base += ["--stronglyTyped"] if major == 10 else []
     base += [] if options.tf32 else ["--noTF32"]
     if options.workspace_bytes is not None:
@@ -552,23 +553,21 @@ _MOVES = frozenset(
 """Operators whose layers move values (see `_state_types`)."""
 
 
-def _layer_types(model: onnx.ModelProto) -> dict[str, str] | None:
-    """What `_state_types` tells the layers of a graph in both types, by the names of the lowered nodes that become them."""
-    inferred = onnx.shape_inference.infer_shapes(model)
-    if onnx.TensorProto.FLOAT16 not in _types_of(inferred, inferred).values():
-        return None
+def _layer_types(model: onnx.ModelProto) -> dict[str, str]:
+    """What `_state_types` tells the layers of a graph, by the names of the lowered nodes that become them."""
     lowered = lower(model)
-    types = _types_of(inferred, lowered)
-    kinds, found = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}, {}
+    types = _types_of(onnx.shape_inference.infer_shapes(model), lowered)
+    kinds = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
+    left_alone = {"Cast", "Constant", "Shape", *(_MOVES if onnx.TensorProto.FLOAT16 in types.values() else ())}
+    found = {}
     for node in lowered.graph.node:
         read = next((types[name] for name in node.input if types.get(name) in kinds), 0)
         if node.op_type == "Cast":
             read = next(one.i for one in node.attribute if one.name == "to")
         for name in node.output:
             types.setdefault(name, read)
-        computes = not node.domain and node.op_type not in (*_MOVES, "Cast", "Constant", "Shape")
-        if computes and len(node.output) == 1 and types[node.output[0]] in kinds:
-            found[node.name] = kinds[types[node.output[0]]]
+        if not node.domain and node.op_type not in left_alone and types[node.output[0]] in kinds:
+            found[node.name] = "+".join(kinds.get(types[name], "int32") for name in node.output)
     return found
 
 
