@@ -256,8 +256,8 @@ def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
     left_alone = {layers.PLUGIN_V2, layers.CAST, layers.CONSTANT, layers.SHAPE}
     if onnx.TensorProto.FLOAT16 in types.values():
         # Told a type, what only moves values keeps 8.6.0's compiler from building a graph of both types ("Mismatched type
-        # for tensor ... [Shuffle]"). In one of fp32 alone it must be told, or values may be moved as fp16: `advance` held
-        # logits against a threshold so rounded, and every token fell below it.
+        # for tensor ... [Shuffle]"). In one of fp32 alone it must be told, or values may be moved as fp16: some builds of
+        # `advance` gave wrong tokens, as it does where the threshold of its logits is rounded so (docs/tensorrt.md).
         left_alone |= {layers.SHUFFLE, layers.SLICE, layers.GATHER}
     for i in range(network.num_layers):
         layer = network.get_layer(i)
