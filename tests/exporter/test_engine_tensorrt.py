@@ -37,18 +37,10 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
     trt = types.ModuleType("tensorrt")
     trt.__version__ = version
     trt.float32, trt.float16, trt.int32 = "float32", "float16", "int32"
-    names = {
-        "PLUGIN_V2": 1,
-        "CONSTANT": 2,
-        "SHAPE": 3,
-        "CAST": 4,
-        "MATRIX_MULTIPLY": 5,
-        "SHUFFLE": 7,
-        "SLICE": 8,
-        "GATHER": 9,
-    }
-    trt.LayerType = _Names(**names, ELEMENTWISE=10, **({"PLUGIN_V3": 6} if major >= 10 else {}))
-    kinds = {"Cast": 4, "MatMul": 5, "Reshape": 7, "Mul": 10, "Add": 10}
+    kinds = "PLUGIN_V2 CONSTANT SHAPE CAST MATRIX_MULTIPLY SHUFFLE SLICE GATHER ELEMENTWISE".split()
+    kinds += ["PLUGIN_V3"] if major >= 10 else []
+    trt.LayerType = _Names(**{kind: number for number, kind in enumerate(kinds)})
+    made_of = {"Cast": trt.LayerType.CAST, "MatMul": trt.LayerType.MATRIX_MULTIPLY, "Reshape": trt.LayerType.SHUFFLE}
     flags = {8: {"EXPLICIT_BATCH": 0}, 10: {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}, 11: {"STRONGLY_TYPED": 0}}
     trt.NetworkDefinitionCreationFlag = _Names(**flags[major])
     builder_flags = {"TF32": 7}
@@ -99,18 +91,19 @@ def mock_tensorrt(version: str, plugin_layers: int, asked: dict) -> types.Module
             self._layers = [Layer(kind, f"plugin {i}", inputs[:1], "kept") for i in range(plugin_layers)]
             known = {one.name: one for one in inputs}
             for name, dtype in constants.items():
-                constant = Layer(2, name, [], f"(Unnamed Layer* {len(self._layers)}) [Constant]_output", dtype == 7)
+                unnamed = f"(Unnamed Layer* {len(self._layers)}) [Constant]_output"
+                constant = Layer(trt.LayerType.CONSTANT, name, [], unnamed, dtype == TensorProto.INT64)
                 known[name] = constant.output
                 self._layers.append(constant)
             for node in nodes:
                 read = [known[name] for name in node.input if name]
                 if node.op_type in ("Mul", "Add"):  # as the parser does it: constants get the rank of the other operand
-                    shuffle = Layer(
-                        7, f"(Unnamed Layer* {len(self._layers)}) [Shuffle]", read[1:], f"{node.name}.ranked"
-                    )
+                    ranked = f"(Unnamed Layer* {len(self._layers)}) [Shuffle]"
+                    shuffle = Layer(trt.LayerType.SHUFFLE, ranked, read[1:], f"{node.name}.ranked")
                     self._layers.append(shuffle)
                     read[1] = shuffle.output
-                self._layers.append(Layer(kinds.get(node.op_type, 10), node.name, read, node.output[0]))
+                made = made_of.get(node.op_type, trt.LayerType.ELEMENTWISE)
+                self._layers.append(Layer(made, node.name, read, node.output[0]))
                 known |= dict.fromkeys(node.output, self._layers[-1].output)
             self.num_layers = len(self._layers)
 

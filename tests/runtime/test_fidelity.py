@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from toprovar.errors import BundleError, InputError
 from toprovar.profiles.files import pretty_json
@@ -17,13 +16,6 @@ from toprovar.runtime.session import Result, Session
 from toprovar.runtime.verify import MOST_FLIPS, WIDEST_MARGIN, verify
 
 from . import tiny
-
-
-def change_golden(root: Path, name: str, change) -> None:  # type: ignore[no-untyped-def]
-    golden = load_file(root / "golden.safetensors")
-    golden[name] = change(golden[name])
-    save_file(golden, root / "golden.safetensors")
-    tiny.write_manifest(root, json.loads((root / "manifest.json").read_text()))
 
 
 def test_a_sound_bundle_verifies(session: Session) -> None:
@@ -38,8 +30,8 @@ def test_the_first_scale_that_differs_is_named(bundle: Path) -> None:
         tokens[0, 1] += 1
         return tokens
 
-    change_golden(bundle, "object/tokens_2", flip)
-    change_golden(bundle, "object/tokens_1", flip)
+    tiny.change_golden(bundle, "object/tokens_2", flip)
+    tiny.change_golden(bundle, "object/tokens_1", flip)
     verdict = verify(Session(bundle, threads=1))
     assert not verdict.passed and verdict.classes[1].passed
     assert verdict.classes[0].first_wrong_scale == 1
@@ -66,7 +58,7 @@ def test_a_token_that_differs_is_a_close_call_or_wrong(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("error", "passes"), [(9e-4, True), (2e-3, False), (np.nan, False)])
 def test_a_picture_beyond_the_tolerance_fails(bundle: Path, error: float, passes: bool) -> None:
-    change_golden(bundle, "plain/image", lambda image: image + np.float32(error))
+    tiny.change_golden(bundle, "plain/image", lambda image: image + np.float32(error))
     assert verify(Session(bundle, threads=1)).passed is passes
 
 
@@ -78,7 +70,7 @@ def test_no_golden_trace(bundle: Path) -> None:
 
 
 def test_bench_refuses_a_wrong_result(bundle: Path) -> None:
-    change_golden(bundle, "plain/tokens_0", lambda tokens: tokens + 1)
+    tiny.change_golden(bundle, "plain/tokens_0", lambda tokens: tokens + 1)
     with pytest.raises(BundleError, match="fails its golden trace, so nothing is measured: plain"):
         bench.bench([Session(bundle, threads=1)], repeat=1)
 

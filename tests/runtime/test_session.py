@@ -104,9 +104,9 @@ def test_how_far_followed_tokens_are_from_being_drawn(session: Session, monkeypa
     seen: dict[int, tuple[Array, Array]] = {}
     margins_of = Loop._margins
 
-    def record(loop: Loop, turn: Turn, tokens: Array) -> Array:
+    def record(loop: Loop, turn: Turn, *rest: Array) -> Array:
         seen[turn.scale] = loop._target.read(turn.logits), loop._target.read(turn.noise)  # type: ignore[arg-type]
-        return margins_of(loop, turn, tokens)
+        return margins_of(loop, turn, *rest)
 
     monkeypatch.setattr(Loop, "_margins", record)
     kinds = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -384,12 +385,22 @@ def write_bundle(
 
 def write_half_bundle(root: Path, token: int) -> Path:
     """A bundle that says it is in half precision, with `token` as one of the 28 golden tokens of `object`."""
+
+    def change(tokens: np.ndarray) -> np.ndarray:
+        tokens[1, 2] = token
+        return tokens
+
     write_bundle(root)
-    golden = load_file(root / "golden.safetensors")
-    golden["object/tokens_2"][1, 2] = token  # of the last scale: nothing follows
-    save_file(golden, root / "golden.safetensors")
-    write_manifest(root, {**json.loads((root / "manifest.json").read_text()), "precision": "float16"})
+    change_golden(root, "object/tokens_2", change, precision="float16")  # of the last scale: nothing follows
     return root
+
+
+def change_golden(root: Path, name: str, change: Callable[[np.ndarray], np.ndarray], **manifest: Any) -> None:
+    """Another array in the golden trace, and other fields of the manifest; every hash is right."""
+    golden = load_file(root / "golden.safetensors")
+    golden[name] = change(golden[name])
+    save_file(golden, root / "golden.safetensors")
+    write_manifest(root, json.loads((root / "manifest.json").read_text()) | manifest)
 
 
 def write_manifest(root: Path, manifest: dict[str, Any]) -> None:

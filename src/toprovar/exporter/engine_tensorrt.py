@@ -50,7 +50,7 @@ from .engine import (
     share_profiles,
 )
 from .engine_stages import link_weights
-from .lower86 import lower
+from .lower86 import lower, types_of
 
 __all__ = ["TensorRtBuilder", "add_engines", "check_plugin_layers", "emit_trtexec", "trtexec_commands"]
 
@@ -117,11 +117,8 @@ class TensorRtBuilder:
         builder, messages = self._start()
         network = builder.create_network(self._network_flags())
         parser = trt.OnnxParser(network, messages)
-        with _readable(graph, profiles, self._major) as path:
+        with _readable(graph, profiles, self._major) as (path, types):
             parsed = parser.parse_from_file(str(path))
-            if self._major == 8:
-                model, lowered = (onnx.load(str(one), load_external_data=False) for one in (graph, path))
-                types = _types_of(onnx.shape_inference.infer_shapes(model), lowered)
         if not parsed:
             errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
             raise TargetError(f"target tensorrt: cannot parse {graph.name}: {_first(errors + messages.errors)}")
@@ -201,17 +198,27 @@ def _default_timing_cache(version: str, gpu: Gpu) -> Path:
 
 
 @contextmanager
-def _readable(graph: Path, profiles: Sequence[ShapeProfile], major: int) -> Iterator[Path]:
-    """A copy for the parser, with the sizes stated that never change and lowered for 8.6, beside links to its weights."""
+def _readable(graph: Path, profiles: Sequence[ShapeProfile], major: int) -> Iterator[tuple[Path, dict[str, int]]]:
+    """A copy for the parser, with the sizes stated that never change and lowered for 8.6, beside links to its weights.
+
+    And for 8.6 the types of its tensors, see `_lowered`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / graph.name
+        types: dict[str, int] = {}
         model = onnx.load(str(graph), load_external_data=False)
         fix_sizes(model, fixed_sizes(model, profiles))
         if major == 8:
-            model = lower(model)
+            model, types = _lowered(model)
         onnx.save(model, str(copy))
         link_weights(model, graph.parent, Path(folder))
-        yield copy
+        yield copy, types
+
+
+def _lowered(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
+    """A graph for the parser of 8.6, and the ONNX types of the tensors that it had and of its constants, by name."""
+    lowered, inferred = lower(model), onnx.shape_inference.infer_shapes(model)
+    return lowered, types_of(lowered.graph) | types_of(inferred.graph)
 
 
 def check_plugin_layers(trt: Any, network: Any, graph: Path) -> None:
@@ -231,16 +238,6 @@ def check_plugin_layers(trt: Any, network: Any, graph: Path) -> None:
             f"{trt.__version__} did not find the plugins of namespace {contract.PLUGIN_NAMESPACE!r}: build the plugin "
             "library for this version"
         )
-
-
-def _types_of(model: onnx.ModelProto, lowered: onnx.ModelProto) -> dict[str, int]:
-    """ONNX types of a graph's tensors and of the constants that it has once it is lowered, by name."""
-    values = (*model.graph.input, *model.graph.output, *model.graph.value_info)
-    types = {tensor.name: tensor.data_type for tensor in lowered.graph.initializer}
-    for node in lowered.graph.node:
-        if node.op_type == "Constant" and node.attribute[0].name == "value":
-            types[node.output[0]] = node.attribute[0].t.data_type
-    return types | {value.name: value.type.tensor_type.elem_type for value in values}
 
 
 def _state_types(trt: Any, network: Any, types: Mapping[str, int]) -> None:
@@ -324,9 +321,10 @@ def emit_trtexec(
     """
     major = int(version.split(".")[0])
     base = ["trtexec", f"--onnx={graph}", f"--dynamicPlugins={plugins}"]
-    if major == 8:
-        spec = [f"{name}:{outputs}" for name, outputs in (types or {}).items()]
-        base += ["--fp16", "--precisionConstraints=obey", f"--layerOutputTypes={','.join(spec)}"]
+    base += ["--fp16", "--precisionConstraints=obey"] if major == 8 else []
+    if types:
+        spec = [f"{name}:{outputs}" for name, outputs in types.items()]
+        base.append(f"--layerOutputTypes={','.join(spec)}")
         base.append(f"--layerPrecisions={','.join(one.split('+')[0] for one in spec)}")
     base += ["--stronglyTyped"] if major == 10 else []
     base += [] if options.tf32 else ["--noTF32"]
@@ -346,6 +344,29 @@ def emit_trtexec(
             words += [f"--profile={i}", *_shape_options(profile, stated)]
         commands = [[*words, f"--saveEngine={engine}"]]
     return [shlex.join([*words, "--skipInference"]) for words in commands]
+
+
+_MOVES = frozenset(
+    "Expand Flatten Gather GatherElements GatherND Pad Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split()
+)
+"""Operators whose layers move values (see `_state_types`)."""
+
+
+def _layer_types(model: onnx.ModelProto) -> dict[str, str]:
+    """What `_state_types` tells the layers of a graph, by the names of the lowered nodes that become them."""
+    lowered, types = _lowered(model)
+    kinds = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
+    left_alone = {"Cast", "Constant", "Shape", *(_MOVES if onnx.TensorProto.FLOAT16 in types.values() else ())}
+    found = {}
+    for node in lowered.graph.node:
+        read = next((types[name] for name in node.input if types.get(name) in kinds), 0)
+        if node.op_type == "Cast":
+            read = next(one.i for one in node.attribute if one.name == "to")
+        for name in node.output:
+            types.setdefault(name, read)
+        if not node.domain and node.op_type not in left_alone and types[node.output[0]] in kinds:
+            found[node.name] = "+".join(kinds.get(types[name], "int32") for name in node.output)
+    return found
 
 
 def _shape_options(profile: ShapeProfile, stated: Collection[str]) -> list[str]:
@@ -545,30 +566,6 @@ def trtexec_commands(folder: Path, options: EngineOptions, version: str | None =
             stated = [one.name for one in graph.inputs if all(not isinstance(n, str) or n in sizes for n in one.shape)]
         lines += emit_trtexec(version, path, profiles, options, plugins, folder / f"{name}.engine", stated, types)
     return lines
-
-
-_MOVES = frozenset(
-    "Expand Flatten Gather GatherElements GatherND Pad Reshape Slice Split Squeeze Tile Transpose Unsqueeze".split()
-)
-"""Operators whose layers move values (see `_state_types`)."""
-
-
-def _layer_types(model: onnx.ModelProto) -> dict[str, str]:
-    """What `_state_types` tells the layers of a graph, by the names of the lowered nodes that become them."""
-    lowered = lower(model)
-    types = _types_of(onnx.shape_inference.infer_shapes(model), lowered)
-    kinds = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
-    left_alone = {"Cast", "Constant", "Shape", *(_MOVES if onnx.TensorProto.FLOAT16 in types.values() else ())}
-    found = {}
-    for node in lowered.graph.node:
-        read = next((types[name] for name in node.input if types.get(name) in kinds), 0)
-        if node.op_type == "Cast":
-            read = next(one.i for one in node.attribute if one.name == "to")
-        for name in node.output:
-            types.setdefault(name, read)
-        if not node.domain and node.op_type not in left_alone and types[node.output[0]] in kinds:
-            found[node.name] = "+".join(kinds.get(types[name], "int32") for name in node.output)
-    return found
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from ..kernels import contract
 from ..plugins.contract_header import PLUGINS
 from .engine import fix_sizes
 
-__all__ = ["LoweringError", "OPERATORS", "OPSET", "lower"]
+__all__ = ["LoweringError", "OPERATORS", "OPSET", "lower", "types_of"]
 
 OPSET = 17
 _NEWEST_OPSET = 20
@@ -73,13 +73,9 @@ class _Lowering:
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.graph = model.graph
-        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
-        for node in self.graph.node:
-            if node.op_type == "Constant" and not node.domain and node.attribute[0].name == "value":
-                self.constants[node.output[0]] = node.attribute[0].t
+        self.constants = _constants_of(self.graph)
+        self.types = types_of(self.graph)
         values = (*self.graph.input, *self.graph.output, *self.graph.value_info)
-        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
-        self.types |= {name: tensor.data_type for name, tensor in self.constants.items()}
         self.shapes = {value.name: value.type.tensor_type.shape for value in values}
         self.taken = {name for node in self.graph.node for name in node.output} | set(self.types)
         self.nodes: list[onnx.NodeProto] = []
@@ -116,6 +112,21 @@ class _Lowering:
                 "an attribute, so it must be a constant: use a target with a newer parser"
             )
         return numpy_helper.to_array(self.constants[value])
+
+
+def _constants_of(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and not node.domain and node.attribute[0].name == "value":
+            constants[node.output[0]] = node.attribute[0].t
+    return constants
+
+
+def types_of(graph: onnx.GraphProto) -> dict[str, int]:
+    """ONNX types of a graph's tensors by name: those that are stated, and of constants."""
+    values = (*graph.input, *graph.output, *graph.value_info)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {name: tensor.data_type for name, tensor in _constants_of(graph).items()}
 
 
 def _label(node: onnx.NodeProto) -> str:

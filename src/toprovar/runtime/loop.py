@@ -128,9 +128,10 @@ class Loop:
                 advance_ms = self.timed(turn.advance)
                 scales.append(ScaleTiming(turn.scale, noise_ms, step_ms, advance_ms))
                 if follow is not None:
-                    given[turn.scale] = read(turn.tokens)
-                    margins[turn.scale] = self._margins(turn, follow[turn.scale])
-                    self._target.write(turn.logits, _CERTAIN_LOGIT * _chosen(follow[turn.scale], turn.logits))
+                    given[turn.scale], tokens = read(turn.tokens), follow[turn.scale]
+                    chosen = _chosen(tokens, turn.logits)
+                    margins[turn.scale] = self._margins(turn, tokens, given[turn.scale], chosen)
+                    self._target.write(turn.logits, _CERTAIN_LOGIT * chosen)
                     turn.advance()  # reads the codes that it read before, and writes over what it gave
                 on_scale()
         decode_ms = self.timed(bound.decode[len(turns) % 2])
@@ -149,12 +150,12 @@ class Loop:
         """The scales of a prompt class, bound."""
         return self._bound.turns[prompt_class]
 
-    def _margins(self, turn: Turn, tokens: Array) -> Array:
-        """See `Trace`; of a turn that has run. Leaves other logits behind."""
-        found = np.where(self._target.read(turn.tokens) == tokens, 0.0, np.inf)
+    def _margins(self, turn: Turn, tokens: Array, drawn: Array, chosen: Array) -> Array:
+        """See `Trace`; of a turn that has run and drawn `drawn`. Leaves other logits behind."""
+        found = np.where(drawn == tokens, 0.0, np.inf)
         if not found.any():
             return found
-        logits, chosen = self._target.read(turn.logits), _chosen(tokens, turn.logits)
+        logits = self._target.read(turn.logits)
         largest = np.abs(logits).max()
         for margin in MARGINS:
             self._target.write(turn.logits, (logits + margin * largest * chosen).astype(logits.dtype))

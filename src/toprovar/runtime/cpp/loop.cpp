@@ -420,8 +420,7 @@ std::vector<int64_t> Loop::readTokens(Turn const& turn) {
     return tokens.integers();
 }
 
-// Logits [N, R, V] from which advance can only draw these tokens, [B, N], or [B, N, bits] with V = bits * 2.
-// 1 at these tokens and 0 elsewhere, shaped like logits.
+// 1 at these tokens, [B, N], or [B, N, bits] with V = bits * 2, and 0 elsewhere, [N, R, V] as logits are.
 std::vector<float> Loop::chosen(Turn const& turn, std::vector<int64_t> const& tokens) const {
     if (tokens.size() != turn.tokens.count()) {
         throw Error(text(bundle_.root().string(), ": golden tokens of scale ", turn.scale, " are ", tokens.size(),
