@@ -103,6 +103,20 @@ def test_the_times_of_stages_are_added(mock, tmp_path):  # noqa: F811
     steps = session.bundle.manifest.schedules["object"].steps
     assert [row["trtexec_ms"] for row in rows] == [round(2 * (step.tokens + 0.1), 4) for step in steps]
     assert [row["profile"] for row in rows] == [[i, i] for i in range(len(steps))]
+    assert all(row["runs_ms"] == 0.5 and row["apart_ms"] == 1.0 for row in rows), "ours apart, too: two runs of 0.5"
+
+
+def test_stages_apart_are_the_engines_of_the_run(mock):  # noqa: F811
+    mock.cut_step()
+    session = Session(mock.root, "tensorrt")
+    session.generate(["disc"], [0])
+    (turn, *_) = session.loop(1).turns("object")
+    before, bound = mock.cuda.launches, len(mock.log)
+    apart = turn.step.apart()
+    assert len(apart) == 2 and len(mock.log) == bound + 2, "each engine is captured once"
+    for one in apart:
+        one()
+    assert mock.cuda.launches == before + 2
 
 
 def test_what_trtexec_cannot_run_has_its_reason(session, tmp_path):
@@ -129,6 +143,20 @@ def test_a_difference_has_a_reason_or_says_that_it_has_none(runs_ms, loop_ms, wh
         line for line in trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}) if line.startswith("| a")
     ]
     assert why in line and f"{runs_ms - 1:+.1%}" in line and f"{loop_ms - runs_ms:.3f} ms" in line
+
+
+@pytest.mark.parametrize(
+    ("runs_ms", "apart_ms", "why"),
+    [
+        (0.9, 0.99, "| stages behind each other in one CUDA graph take -9.1%; the loop's"),
+        (0.9, 0.94, "| not explained by the host; the loop's"),
+        (0.99, 0.9, "| within 3%; the loop's"),
+    ],
+)
+def test_stages_are_compared_apart(runs_ms, apart_ms, why):
+    row = {"prompt_class": "a", "scale": 3, "loop_ms": 1, "runs_ms": runs_ms, "apart_ms": apart_ms, "trtexec_ms": 1.0}
+    table = "\n".join(trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}))
+    assert why in table and f"apart, as in trtexec: {apart_ms:.3f} ms, {apart_ms - 1:+.1%}" in table
 
 
 def test_engines_of_another_target_are_refused(tmp_path):
