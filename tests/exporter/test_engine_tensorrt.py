@@ -211,6 +211,13 @@ def make(monkeypatch, tmp_path):
         library.write_bytes(b"plugins")
         monkeypatch.setattr(engine_tensorrt, "describe_gpu", lambda: Gpu(gpu, "9.0", "13.0"))
         monkeypatch.setattr(engine_tensorrt, "load_library", lambda module: library)
+        asked["faults"] = []
+
+        def find_fault(engine: Path) -> str | None:
+            assert engine.read_bytes() == b"engine"
+            return asked["faults"].pop(0) if asked["faults"] else None
+
+        monkeypatch.setattr(engine_tensorrt, "find_fault", find_fault)
         return TensorRtBuilder(timing_cache=tmp_path / "timing.cache"), asked
 
     return builder
@@ -244,6 +251,22 @@ def test_each_version_is_asked_for_its_kind_of_network(make, graph, version, net
     assert (asked["network"], asked["opset"], asked["workspace"]) == (network, opset, 1 << 20)
     assert asked["cleared"] == {7}
     assert [profile["x"][1] for profile in asked["profiles"]] == [(4, 2, 8), (16, 2, 8)]
+
+
+def test_an_engine_that_cannot_be_used_is_built_again_and_nothing_of_it_is_kept(make, graph, tmp_path, caplog):
+    builder, asked = make("8.6.0", plugin_layers=1)
+    timing = tmp_path / "timing.cache"
+    timing.write_bytes(b"measured")
+    asked["faults"] = ["profile 3 is not taken", None]
+    assert builder.build(graph, PROFILES, EngineOptions()).data == b"engine"
+    assert asked["timing"] == [b"measured", b""], "what led to the first is not read again"
+    assert timing.read_bytes() == b"+" and asked["builds"] == 2
+    assert "step.onnx: TensorRT wrote an engine that cannot be used: profile 3 is not taken" in caplog.text
+
+    asked["faults"] = ["first", "second", "third"]
+    with pytest.raises(TargetError, match=r"step.onnx: of 3 engines that TensorRT 8.6.0 wrote none .* the last: third"):
+        builder.build(graph, PROFILES, EngineOptions())
+    assert timing.read_bytes() == b"+" and asked["builds"] == 5
 
 
 def write_block(path: Path, inner: int) -> Path:

@@ -33,6 +33,7 @@ from ..plugins.device import Gpu, describe_gpu
 from ..plugins.library import find_library, library_name, library_sha256, load_library
 from ..profiles.files import model_from_json, sha256_file, sha256_json, write_bytes
 from ..profiles.manifest import FileInfo, Manifest, TargetInfo
+from .check_engine import find_fault
 from .engine import (
     Builder,
     BuiltEngine,
@@ -58,6 +59,9 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase's name, steps done and steps in all."""
+
+_ATTEMPTS = 3
+"""At an engine that can be used: of some 60 profiles that 8.6.0 built in one run, two could not (see `check_engine`)."""
 
 
 class TensorRtBuilder:
@@ -107,13 +111,35 @@ class TensorRtBuilder:
         }
 
     def build(self, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions) -> BuiltEngine:
-        """See `toprovar.exporter.engine.Builder.build`."""
-        trt, start = self._trt, time.perf_counter()
+        """See `toprovar.exporter.engine.Builder.build`.
+
+        Raises:
+            TargetError: besides, of `_ATTEMPTS` engines none can be used.
+        """
         if options.compute_capabilities and options.compute_capabilities != (self.gpu.compute_capability,):
             raise InputError(
                 f"target tensorrt: engines for {', '.join(options.compute_capabilities)}; TensorRT builds for the GPU at "
                 f"hand, {self.gpu.compute_capability}: leave compute_capabilities empty"
             )
+        fault: str | None = None
+        for _ in range(_ATTEMPTS):
+            # What was measured for an engine that cannot be used may lead to it again.
+            built, cache = self._build(graph, profiles, options, measured=fault is None)
+            fault = _fault(built.data)
+            if fault is None:
+                self._write_timing_cache(cache)
+                return built
+            _log.warning("%s: TensorRT wrote an engine that cannot be used: %s", graph.name, fault)
+        raise TargetError(
+            f"target tensorrt: {graph.name}: of {_ATTEMPTS} engines that TensorRT {self.version} wrote none can be used; the "
+            f"last: {fault}"
+        )
+
+    def _build(
+        self, graph: Path, profiles: Sequence[ShapeProfile], options: EngineOptions, *, measured: bool
+    ) -> tuple[BuiltEngine, Any]:
+        """An engine, and its timing cache, which starts from what was measured before or anew."""
+        trt, start = self._trt, time.perf_counter()
         builder, messages = self._start()
         network = builder.create_network(self._network_flags())
         parser = trt.OnnxParser(network, messages)
@@ -128,12 +154,13 @@ class TensorRtBuilder:
         if self._major == 8:
             _state_types(trt, network, types)
         add_profiles(builder, network, config, profiles, f"target tensorrt: {graph.name}")
-        cache = self._read_timing_cache(config)
+        cache = self._set_timing_cache(config, measured)
         data = builder.build_serialized_network(network, config)
         if data is None:
             raise TargetError(f"target tensorrt: cannot build {graph.name}: {_first(messages.errors)}")
-        self._write_timing_cache(cache)
-        return BuiltEngine(bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings))
+        return BuiltEngine(
+            bytes(data), network.num_layers, time.perf_counter() - start, tuple(messages.warnings)
+        ), cache
 
     def _start(self) -> tuple[Any, Any]:
         """The builder and its messages, which are of this build alone. Starting one takes seconds, so all graphs share it."""
@@ -169,10 +196,9 @@ class TensorRtBuilder:
             self._monitor = _monitor(trt, self._progress)  # TensorRT does not keep it alive
             config.progress_monitor = self._monitor
 
-    def _read_timing_cache(self, config: Any) -> Any:
+    def _set_timing_cache(self, config: Any, measured: bool) -> Any:
         path = self._timing_cache
-        content = path.read_bytes() if path.is_file() else b""
-        cache = config.create_timing_cache(content)
+        cache = config.create_timing_cache(path.read_bytes() if measured and path.is_file() else b"")
         if cache is None:
             _log.warning("%s is no timing cache of this TensorRT; starting a new one", path)
             cache = config.create_timing_cache(b"")
@@ -187,6 +213,14 @@ class TensorRtBuilder:
             write_bytes(self._timing_cache, bytes(cache.serialize()))
         except OSError as error:  # a read-only home: measured again next time
             _log.warning("%s cannot be written: %s", self._timing_cache, error)
+
+
+def _fault(data: bytes) -> str | None:
+    """See `find_fault`."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine = Path(folder) / "engine"
+        engine.write_bytes(data)
+        return find_fault(engine)
 
 
 def _default_timing_cache(version: str, gpu: Gpu) -> Path:
