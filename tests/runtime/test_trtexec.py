@@ -67,6 +67,7 @@ def test_both_majors_are_asked_for_the_same(version, told):
 def session(mock, monkeypatch):  # noqa: F811
     session = Session(mock.root, "tensorrt")
     session.generate(["disc"], [0])
+    monkeypatch.setattr(trtexec, "time_alone", lambda *_: 0.75)
     return session
 
 
@@ -77,6 +78,7 @@ def test_every_scale_is_measured_in_both_programs(session, tmp_path):
     assert [row["trtexec_ms"] for row in measured["scales"]] == [step.tokens + 0.1 for step in steps]
     assert all(row["loop_ms"] >= 0 and row["trtexec_runs"] == 3 for row in measured["scales"])
     assert all(row["runs_ms"] == 0.5 for row in measured["scales"]), "by events, not by the host's clock"
+    assert all(row["alone_ms"] == 0.75 for row in measured["scales"]), "ours again where the two differ"
     table = trtexec.markdown(measured)
     assert len([line for line in table if line.startswith("| object |")]) == len(steps)
 
@@ -96,27 +98,23 @@ def test_trtexec_is_started_again_where_it_differs(session, monkeypatch):
     assert worst["trtexec_processes_ms"] == [2.0, 2.0, 2.0]
 
 
-def test_the_times_of_stages_are_added(mock, tmp_path):  # noqa: F811
+def test_the_times_of_stages_are_added(mock, tmp_path, monkeypatch):  # noqa: F811
     mock.cut_step()
+    asked = []
+
+    def time_alone(engine, profile, shapes, values, runs):
+        assert engine.is_file() and values.keys() <= shapes.keys() and all(path.is_file() for path in values.values())
+        asked.append((engine.name, profile, runs))
+        return 4.0
+
+    monkeypatch.setattr(trtexec, "time_alone", time_alone)
     session = Session(mock.root, "tensorrt")
     rows = trtexec.measure(session, program(tmp_path), prompt_classes=("object",))["scales"]
     steps = session.bundle.manifest.schedules["object"].steps
     assert [row["trtexec_ms"] for row in rows] == [round(2 * (step.tokens + 0.1), 4) for step in steps]
     assert [row["profile"] for row in rows] == [[i, i] for i in range(len(steps))]
-    assert all(row["runs_ms"] == 0.5 and row["apart_ms"] == 1.0 for row in rows), "ours apart, too: two runs of 0.5"
-
-
-def test_stages_apart_are_the_engines_of_the_run(mock):  # noqa: F811
-    mock.cut_step()
-    session = Session(mock.root, "tensorrt")
-    session.generate(["disc"], [0])
-    (turn, *_) = session.loop(1).turns("object")
-    before, bound = mock.cuda.launches, len(mock.log)
-    apart = turn.step.apart()
-    assert len(apart) == 2 and len(mock.log) == bound + 2, "each engine is captured once"
-    for one in apart:
-        one()
-    assert mock.cuda.launches == before + 2
+    assert all(row["alone_ms"] == 8.0 for row in rows), "ours, which took 0.5 ms beside other engines"
+    assert asked == [(f"{name}.engine", i, 1000) for i in range(len(steps)) for name in ("step", "step.1")]
 
 
 def test_what_trtexec_cannot_run_has_its_reason(session, tmp_path):
@@ -146,17 +144,16 @@ def test_a_difference_has_a_reason_or_says_that_it_has_none(runs_ms, loop_ms, wh
 
 
 @pytest.mark.parametrize(
-    ("runs_ms", "apart_ms", "why"),
+    ("runs_ms", "alone_ms", "why"),
     [
-        (0.9, 0.99, "| stages behind each other in one CUDA graph take -9.1%; the loop's"),
+        (0.9, 0.99, "| ours with the engine alone in a process, as in trtexec, takes 0.990 ms (-1.0%); the loop's"),
         (0.9, 0.94, "| not explained by the host; the loop's"),
         (0.99, 0.9, "| within 3%; the loop's"),
     ],
 )
-def test_stages_are_compared_apart(runs_ms, apart_ms, why):
-    row = {"prompt_class": "a", "scale": 3, "loop_ms": 1, "runs_ms": runs_ms, "apart_ms": apart_ms, "trtexec_ms": 1.0}
-    table = "\n".join(trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}))
-    assert why in table and f"apart, as in trtexec: {apart_ms:.3f} ms, {apart_ms - 1:+.1%}" in table
+def test_ours_alone_is_the_reason_where_it_is_as_fast_as_trtexec(runs_ms, alone_ms, why):
+    row = {"prompt_class": "a", "scale": 3, "loop_ms": 1, "runs_ms": runs_ms, "alone_ms": alone_ms, "trtexec_ms": 1.0}
+    assert why in "\n".join(trtexec.markdown({"bundle": "b", "version": "11", "scales": [row]}))
 
 
 def test_engines_of_another_target_are_refused(tmp_path):

@@ -8,9 +8,8 @@ The C++ runtime does the same (cpp/tensorrt_target.cpp).
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,11 @@ class EngineRun:
     stages: tuple[EngineInputs, ...]
     """The engines that run, one behind the other; most graphs have one."""
     _launch: Run
-    _enqueue: tuple[Run, ...] = field(repr=False)
-    """Each engine from the host. Holds what a captured graph uses and does not hold."""
-    _captured: Callable[[Run], Run] = field(repr=False)
+    _alive: Any = field(repr=False)
+    """What a captured graph uses and does not hold."""
 
     def __call__(self) -> None:
         self._launch()
-
-    def apart(self) -> list[Run]:
-        """Each engine as a run of its own, as trtexec runs it; takes a CUDA graph each."""
-        return [self._captured(enqueue) for enqueue in self._enqueue]
 
 
 class TensorRt:
@@ -128,17 +122,6 @@ class TensorRt:
         for seed in seeds:
             check_noise(seed, scale, tokens * logits)
         return self._noise(seeds, scale, tokens, logits)
-
-    def captured(self, enqueue: Run) -> Run:
-        """What `enqueue` queues, as one CUDA graph, where this target makes them."""
-        if not self._cuda_graphs:
-            return enqueue
-        self._cuda.begin_capture()
-        try:
-            enqueue()
-        finally:
-            launch = self._cuda.end_capture()
-        return launch
 
     def elapsed(self, run: Run, count: int) -> list[float]:
         """Milliseconds on the GPU of each of so many runs, queued behind each other."""
@@ -219,22 +202,31 @@ class _Engine:
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> EngineRun:
         """Fix every address; see `toprovar.runtime.target.GraphRunner`."""
-        target, buffers = self._target, {**inputs, **outputs}
+        cuda, buffers = self._target._cuda, {**inputs, **outputs}
         self._check_names(inputs, outputs)
-        stages: list[EngineInputs] = []
-        queues: list[Run] = []
+        stages, contexts = [], []
         for name, engine in self._stages.items():
             stage, context = self._bind_stage(name, engine, buffers)
             stages.append(stage)
-            queues.append(partial(_enqueue, name, context, target._cuda.stream))
+            contexts.append(context)
 
         def enqueue() -> None:
-            for queue in queues:
-                queue()
+            for stage, context in zip(stages, contexts, strict=True):
+                if not context.execute_async_v3(cuda.stream):
+                    raise TargetError(
+                        f"target tensorrt: engine {stage.engine} failed to run; its messages above say why"
+                    )
 
         enqueue()  # what TensorRT does once for new shapes must not be captured
-        target.synchronize()
-        return EngineRun(tuple(stages), target.captured(enqueue), tuple(queues), target.captured)
+        cuda.synchronize()
+        launch: Run = enqueue
+        if self._target._cuda_graphs:
+            cuda.begin_capture()
+            try:
+                enqueue()
+            finally:
+                launch = cuda.end_capture()
+        return EngineRun(tuple(stages), launch, contexts)
 
     def _bind_stage(self, name: str, engine: Any, buffers: dict[str, Buffer]) -> tuple[EngineInputs, Any]:
         """One engine on its buffers; what it leaves to later ones is entered into `buffers`."""
@@ -309,11 +301,6 @@ class _Engine:
             shapes = ", ".join(f"{tensor} {list(buffer.shape)}" for tensor, buffer in inputs.items())
             raise TargetError(f"target tensorrt: engine {name} has no profile for {shapes}; build the engines again")
         return fitting[0]
-
-
-def _enqueue(name: str, context: Any, stream: int) -> None:
-    if not context.execute_async_v3(stream):
-        raise TargetError(f"target tensorrt: engine {name} failed to run; its messages above say why")
 
 
 def _profile_shape(engine: Any, name: str, profile: int) -> tuple[tuple[int, ...], ...]:

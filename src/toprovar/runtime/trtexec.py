@@ -9,14 +9,10 @@ and time to warm up. TensorRT 11 does so by default, 10 and 8.6 have to be told.
 
 `loop - runs` is what the host's launch and wait cost; `runs - trtexec` is the difference of the two programs on the GPU. One
 trtexec is not like the next: of four processes with the same command line three took 1.02 ms and one 1.08 (class demo, scale 9,
-H100). So where the difference is more than noise, trtexec is started again, and the fastest of its processes counts.
+H100). So where the difference is more than noise, trtexec is started again, and the fastest of its processes counts. Where it
+stays, our runtime is given a process with the engine alone, as trtexec is:
 
-trtexec runs one engine. Of a step in stages it gives a sum of engines that each run alone, over and over, and our runtime has
-them behind each other in one CUDA graph. So ours are measured alone, too:
-
-    apart     as `runs`, each stage in a CUDA graph of its own, one stage's runs after the other's; the sum
-
-`runs - apart` is what running behind each other changes, and `apart - trtexec` the difference of the programs.
+    alone     as `runs`, but the engine is the only one of its process; of stages the sum
 """
 
 from __future__ import annotations
@@ -26,7 +22,8 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,9 +31,9 @@ from typing import Any
 import numpy as np
 
 from toprovar.errors import InputError, TargetError
+from toprovar.runtime.alone import time_alone
 from toprovar.runtime.loop import Loop
 from toprovar.runtime.session import Session
-from toprovar.runtime.target import Run
 from toprovar.runtime.tensorrt import NAME, EngineInputs, EngineRun, TensorRt
 
 __all__ = ["ENVIRONMENT_VARIABLE", "command", "find_trtexec", "markdown", "measure"]
@@ -141,7 +138,9 @@ def measure(
         if any(profiles) and not several:
             row["trtexec_missing"] = f"this trtexec runs profile 0 of an engine only, the scale has {profile}"
         else:
-            row |= _best_of_theirs(program, session, target, run, row.get("apart_ms", row["runs_ms"]))
+            row |= _best_of_theirs(program, session, target, run, row["runs_ms"])
+            if "trtexec_ms" in row and not _close(row["runs_ms"], row["trtexec_ms"]):
+                row["alone_ms"] = _alone(session, target, run, row["runs_ms"])
         rows.append(row)
     on_run(len(todo), len(todo))
     name, version = session.bundle.manifest.name, target.info.version
@@ -154,15 +153,8 @@ def _ours(loop: Loop, target: TensorRt, run: EngineRun) -> dict[str, float]:
     while (perf_counter() - start) * 1e3 < _WARM_UP_MS:
         loop.timed(run)
     single = float(np.median([loop.timed(run) for _ in range(30)]))
-    count = max(10, min(1000, int(1000 / max(single, 1e-3))))
-
-    def median(one: Run) -> float:
-        return float(np.median(target.elapsed(one, count)))
-
-    found = {"loop_ms": round(single, 4), "runs_ms": round(median(run), 4)}
-    if len(run.stages) > 1:
-        found["apart_ms"] = round(sum(map(median, run.apart())), 4)
-    return found
+    queued = target.elapsed(run, _runs_a_second(single))
+    return {"loop_ms": round(single, 4), "runs_ms": round(float(np.median(queued)), 4)}
 
 
 def _best_of_theirs(program: Path, session: Session, target: TensorRt, run: EngineRun, ours: float) -> dict[str, Any]:
@@ -173,7 +165,7 @@ def _best_of_theirs(program: Path, session: Session, target: TensorRt, run: Engi
         if "trtexec_ms" not in found[-1]:
             return found[-1]
         best = min(found, key=lambda one: float(one["trtexec_ms"]))
-        if abs(ours / best["trtexec_ms"] - 1) <= _CLOSE:
+        if _close(ours, best["trtexec_ms"]):
             break
     return best if len(found) == 1 else {**best, "trtexec_processes_ms": [one["trtexec_ms"] for one in found]}
 
@@ -185,16 +177,9 @@ def _theirs(program: Path, session: Session, target: TensorRt, run: EngineRun) -
     """
     medians, fewest = [], 0
     for stage in run.stages:
-        with tempfile.TemporaryDirectory() as folder:
-            times = Path(folder) / "times.json"
-            engine = session.bundle.path(target.info.engines[stage.engine])
-            values = {}
-            for i, (name, buffer) in enumerate(stage.inputs.items()):
-                if buffer.size_bytes:
-                    values[name] = Path(folder) / f"{i}.bin"
-                    target.read_bytes(buffer).tofile(values[name])
-            words = command(program, str(target.info.version), engine, target.plugins, stage, times, values)
-            said = _output(words)
+        with _values(target, stage) as (folder, values):
+            engine, times = session.bundle.path(target.info.engines[stage.engine]), folder / "times.json"
+            said = _output(command(program, str(target.info.version), engine, target.plugins, stage, times, values))
             try:
                 measured = [float(one["computeMs"]) for one in json.loads(times.read_text())]
             except (OSError, ValueError, KeyError):
@@ -206,6 +191,37 @@ def _theirs(program: Path, session: Session, target: TensorRt, run: EngineRun) -
         medians.append(float(np.median(measured)))
         fewest = min(fewest or len(measured), len(measured))
     return {"trtexec_ms": round(sum(medians), 4), "trtexec_runs": fewest}
+
+
+def _alone(session: Session, target: TensorRt, run: EngineRun, ours: float) -> float:
+    """As `_theirs`, in our runtime."""
+    total, runs = 0.0, _runs_a_second(ours)
+    for stage in run.stages:
+        with _values(target, stage) as (_, values):
+            engine = session.bundle.path(target.info.engines[stage.engine])
+            shapes = {name: buffer.shape for name, buffer in stage.inputs.items()}
+            total += time_alone(engine, stage.profile, shapes, values, runs)
+    return round(total, 4)
+
+
+@contextmanager
+def _values(target: TensorRt, stage: EngineInputs) -> Iterator[tuple[Path, dict[str, Path]]]:
+    """A folder, and in it files of the raw values of an engine's inputs; empty ones have none."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {}
+        for i, (name, buffer) in enumerate(stage.inputs.items()):
+            if buffer.size_bytes:
+                files[name] = Path(folder) / f"{i}.bin"
+                target.read_bytes(buffer).tofile(files[name])
+        yield Path(folder), files
+
+
+def _runs_a_second(ms: float) -> int:
+    return max(10, min(1000, int(1000 / max(ms, 1e-3))))
+
+
+def _close(ours: float, theirs: float) -> bool:
+    return abs(ours / theirs - 1) <= _CLOSE
 
 
 def _output(words: Sequence[str]) -> str:
@@ -233,15 +249,16 @@ def markdown(measured: Mapping[str, Any]) -> list[str]:
             continue
         difference = row["runs_ms"] / row["trtexec_ms"] - 1
         host = f"the loop's launch and wait: {row['loop_ms'] - row['runs_ms']:.3f} ms"
-        apart = row.get("apart_ms")
-        if abs(difference) <= _CLOSE:
+        alone = row.get("alone_ms")
+        if _close(row["runs_ms"], row["trtexec_ms"]):
             why = f"within {_CLOSE:.0%}; {host}"
-        elif apart is not None and abs(apart / row["trtexec_ms"] - 1) <= _CLOSE:
-            why = f"stages behind each other in one CUDA graph take {row['runs_ms'] / apart - 1:+.1%}; {host}"
+        elif alone is not None and _close(alone, row["trtexec_ms"]):
+            why = (
+                f"ours with the engine alone in a process, as in trtexec, takes {alone:.3f} ms "
+                f"({alone / row['trtexec_ms'] - 1:+.1%}); {host}"
+            )
         else:
             why = f"not explained by the host; {host}"
-        if apart is not None:
-            why += f"; stages apart, as in trtexec: {apart:.3f} ms, {apart / row['trtexec_ms'] - 1:+.1%}"
         if processes := row.get("trtexec_processes_ms"):
             why += f"; the fastest of trtexec's processes, which took {', '.join(f'{ms:.3f}' for ms in processes)}"
         lines.append(f"{start}{row['trtexec_ms']:.3f} | {difference:+.1%} | {why} |")
