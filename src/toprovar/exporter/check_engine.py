@@ -45,10 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     import tensorrt
 
     from ..plugins.library import load_library
-    from ..runtime.cuda import open_cuda
 
     (path,) = sys.argv[1:] if arguments is None else arguments
-    cuda = open_cuda(0)
     load_library(tensorrt)
     runtime = tensorrt.Runtime(tensorrt.Logger(tensorrt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(Path(path).read_bytes())
@@ -57,15 +55,15 @@ def main(arguments: list[str] | None = None) -> int:
         return _FAULT
     for profile in range(engine.num_optimization_profiles):
         print(f"profile {profile}", flush=True)  # the last line, if the process ends here
-        if not _takes(tensorrt, engine, profile, cuda.stream):
+        if not _takes(tensorrt, engine, profile):
             print(f"profile {profile} of {engine.num_optimization_profiles} is not taken by a context")
             return _FAULT
     return 0
 
 
-def _takes(trt: Any, engine: Any, profile: int, stream: int) -> bool:
+def _takes(trt: Any, engine: Any, profile: int) -> bool:
     context = engine.create_execution_context()
-    if context is None or not context.set_optimization_profile_async(profile, stream):
+    if context is None or not context.set_optimization_profile_async(profile, 0):
         return False
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
