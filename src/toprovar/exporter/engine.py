@@ -52,8 +52,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_REVISION = 4
-"""Of what is done to a graph before it is built, the lowering to 8.6 with it; part of the cache key."""
+_REVISION = 5
+"""Of what is done to a graph before it is built and to the engine behind it; part of the cache key."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -3,7 +3,7 @@
 Sampling is discontinuous: one token that flips changes every scale behind it. So each scale is shown the golden tokens
 of the scales before it, and its own are compared. Two correct runtimes choose differently where two tokens are as likely
 within rounding: in fp16 PyTorch and ONNX Runtime do so for 0.3 to 0.9 percent of the class demo's tokens, PyTorch and
-TensorRT 8.6.0 for up to 2.5, in fp32 for one of the text demo's 40336 bits. Such a token must be a close call: the golden
+TensorRT 8.6.0 for up to 2.8, in fp32 for one of the text demo's 40336 bits. Such a token must be a close call: the golden
 one is drawn where its logits are raised by a small part of the largest (see `Trace`), and a token that is not is wrong,
 if it is the only one. What is wrong everywhere changes far more than `MOST_FLIPS`: two wrong engines of `advance` changed 55
 to 89 percent.
