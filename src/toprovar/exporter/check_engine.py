@@ -2,9 +2,9 @@
 
     python -m toprovar.exporter.check_engine step.engine
 
-TensorRT 8.6.0 wrote an engine of which no context took the fourth of ten profiles: its compiler had left out a tensor ("missing
-offset in id2offset"), and the same graph built again was right. The binding ended in a segmentation fault there, so the
-builder runs this as a process of its own.
+TensorRT 8.6.0 wrote an engine of which no context took the fourth of ten profiles ("missing offset in id2offset", says its
+compiler); the same graph built again was right. The binding ended in a segmentation fault there, so the builder runs this as a
+process of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 from ..errors import TargetError
 
 __all__ = ["find_fault", "main"]
-
 
 _FAULT = 3
 """Status for an engine that cannot be used; 1 is Python's own, for an error."""
@@ -63,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _takes(trt: Any, engine: Any, profile: int) -> bool:
     context = engine.create_execution_context()
-    if context is None or not context.set_optimization_profile_async(profile, 0):
+    if context is None or not context.set_optimization_profile_async(profile, 0):  # on the default stream
         return False
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
     inputs = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
