@@ -32,9 +32,7 @@ def try_engine(tmp_path, monkeypatch):
     monkeypatch.setattr(check_engine.sys, "executable", os.fspath(program))
 
     def run(content: str) -> str | None:
-        engine = tmp_path / "step.engine"
-        engine.write_text(content)
-        return check_engine.find_fault(engine)
+        return check_engine.find_fault(content.encode(), "step.engine")
 
     return run
 

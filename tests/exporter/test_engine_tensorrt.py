@@ -213,8 +213,8 @@ def make(monkeypatch, tmp_path):
         monkeypatch.setattr(engine_tensorrt, "load_library", lambda module: library)
         asked["faults"] = []
 
-        def find_fault(engine: Path) -> str | None:
-            assert engine.read_bytes() == b"engine"
+        def find_fault(engine: bytes, name: str) -> str | None:
+            assert engine == b"engine" and name.endswith(".onnx")
             return asked["faults"].pop(0) if asked["faults"] else None
 
         monkeypatch.setattr(engine_tensorrt, "find_fault", find_fault)

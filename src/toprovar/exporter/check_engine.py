@@ -22,21 +22,26 @@ _FAULT = 3
 """Status for an engine that cannot be used; 1 is Python's own, for an error."""
 
 
-def find_fault(engine: Path) -> str | None:
+def find_fault(engine: bytes, name: str) -> str | None:
     """What is wrong with an engine, found by a process of its own; None: nothing.
+
+    Args:
+        name: in messages.
 
     Raises:
         TargetError: it cannot be tried: no TensorRT, plugins or GPU here, or no memory left on it.
     """
-    done = subprocess.run([sys.executable, "-m", __name__, str(engine)], capture_output=True, text=True, check=False)
+    words = [sys.executable, "-m", __name__, "/dev/stdin"]
+    done = subprocess.run(words, input=engine, capture_output=True, check=False)
     if done.returncode == 0:
         return None
-    said = ": ".join(text.strip().splitlines()[-1][:200] for text in (done.stdout, done.stderr) if text.strip())
+    texts = [text.decode(errors="replace").strip() for text in (done.stdout, done.stderr)]
+    said = ": ".join(text.splitlines()[-1][:200] for text in texts if text)
     if done.returncode == _FAULT:
         return said
     if done.returncode < 0:
         return f"it ended a process by signal {-done.returncode}: {said or 'not a word'}"
-    raise TargetError(f"target tensorrt: cannot try {engine.name}: {said or f'status {done.returncode}'}")
+    raise TargetError(f"target tensorrt: cannot try {name}: {said or f'status {done.returncode}'}")
 
 
 def main(arguments: list[str] | None = None) -> int:

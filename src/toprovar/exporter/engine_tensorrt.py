@@ -61,7 +61,7 @@ Progress = Callable[[str, int, int], None]
 """Called with a phase's name, steps done and steps in all."""
 
 _ATTEMPTS = 3
-"""At an engine that can be used: of 61 profiles of `step` that 8.6.0 built in one run, two could not (see `check_engine`)."""
+"""At an engine that can be used: of 61 profiles of `step` that 8.6.0 built in one run, two cannot be (see `check_engine`)."""
 
 
 class TensorRtBuilder:
@@ -125,7 +125,7 @@ class TensorRtBuilder:
         for _ in range(_ATTEMPTS):
             # What was measured for an engine that cannot be used may lead to it again.
             built, cache = self._build(graph, profiles, options, measured=fault is None)
-            fault = _fault(built.data)
+            fault = find_fault(built.data, graph.name)
             if fault is None:
                 self._write_timing_cache(cache)
                 return built
@@ -213,14 +213,6 @@ class TensorRtBuilder:
             write_bytes(self._timing_cache, bytes(cache.serialize()))
         except OSError as error:  # a read-only home: measured again next time
             _log.warning("%s cannot be written: %s", self._timing_cache, error)
-
-
-def _fault(data: bytes) -> str | None:
-    """See `find_fault`."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine = Path(folder) / "engine"
-        engine.write_bytes(data)
-        return find_fault(engine)
 
 
 def _default_timing_cache(version: str, gpu: Gpu) -> Path:

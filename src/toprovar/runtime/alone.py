@@ -3,7 +3,7 @@
     python -m toprovar.runtime.alone RUN.json
 
 prints the median of runs of one CUDA graph queued behind each other, in milliseconds. `bench --trtexec` asks for it where
-the two programs differ: in a bundle's process the same engine lies beside others, and is not as fast (stage 0 of Infinity-2B's
+the two programs differ: in a bundle's process the same engine lies beside others, and can be faster (stage 0 of Infinity-2B's
 `step` at its first scale, H100: 1.605 ms there, alone 1.690, in trtexec 1.688).
 """
 
