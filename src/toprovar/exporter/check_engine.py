@@ -29,7 +29,8 @@ def find_fault(engine: bytes, name: str) -> str | None:
         name: in messages.
 
     Raises:
-        TargetError: it cannot be tried: no TensorRT, plugins or GPU here, or no memory left on it.
+        TargetError: it cannot be tried: TensorRT or its plugins are not here. (Without a GPU the binding of 8.6 ends the
+            process, which reads as a fault; a builder has found one before.)
     """
     words = [sys.executable, "-m", __name__, "/dev/stdin"]
     done = subprocess.run(words, input=engine, capture_output=True, check=False)
